@@ -1,0 +1,104 @@
+"""Where an array lives decides which code runs on it: NumPy on the CPU, CuPy on the GPU.
+
+Together with ``cuda.py`` (and later ``mpi/nccl.py``) this is the only place that imports CuPy,
+and it does so only when a GPU array or a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gpudbn.errors import UserError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+def is_gpu(array: Array) -> bool:
+    """Whether the array lives on a GPU. Never imports CuPy."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def module_of(*arrays: Array) -> ModuleType:
+    """The array module of all the arrays: ``numpy`` or ``cupy``.
+
+    Raises
+    ------
+    TypeError
+        If the arrays live in different places: nothing is moved in silence.
+    """
+    places = {is_gpu(a) for a in arrays if a is not None}
+    if len(places) > 1:
+        raise TypeError("arrays: all must be in one place; got NumPy and CuPy arrays together. "
+                        "Move one with arrays.to_gpu or arrays.to_cpu")
+    return sys.modules["cupy"] if places == {True} else np
+
+
+def to_cpu(array: Array) -> np.ndarray:
+    """The array as a NumPy array; itself if it is one."""
+    return array.get() if is_gpu(array) else array
+
+
+def to_gpu(array: Array) -> Array:
+    """The array on the current GPU; itself if it is there."""
+    import cupy
+
+    return cupy.asarray(array)
+
+
+def why_no_gpu() -> str | None:
+    """One sentence why no GPU can be used here, or None if one can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed (pip install 'gpudbn[cuda13]' or 'gpudbn[cuda12]')"
+    try:
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() > 0:
+            return None
+        return "CuPy sees no CUDA device"
+    except Exception as error:  # CuPy raises many kinds where driver or libraries are missing
+        return f"CuPy cannot reach a CUDA device ({str(error).splitlines()[0]})"
+
+
+def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
+    """The array module for ``--device auto|cpu|gpu`` and a word for the log.
+
+    On a GPU machine rank ``local_rank`` of its node takes device ``local_rank`` modulo the
+    number of devices it can see.
+
+    Raises
+    ------
+    UserError
+        If ``gpu`` is asked for and there is none.
+    """
+    if device == "cpu":
+        return np, "CPU (NumPy)"
+    reason = why_no_gpu()
+    if reason is None:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+        chosen = local_rank % count
+        cupy.cuda.Device(chosen).use()
+        name = cupy.cuda.runtime.getDeviceProperties(chosen)["name"].decode()
+        return cupy, f"GPU {chosen} of {count} ({name})"
+    if device == "gpu":
+        raise UserError(f"--device: must be one that is there; got gpu, but {reason}. Use --device cpu or auto")
+    return np, f"CPU (NumPy; {reason})"
+
+
+def all_finite(array: Array) -> bool:
+    """Whether every entry is finite. Synchronises a GPU.
+
+    The sum of products x . x is finite unless an entry is not, or it overflows; only then is
+    every entry looked at.
+    """
+    xp = module_of(array)
+    flat = array.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(flat @ flat)) or bool(xp.isfinite(flat).all())

@@ -1,0 +1,171 @@
+"""Counter-based random numbers: a draw is a function of its address, and nothing has state.
+
+    u(seed, update, site, row, column) = (word >> 8) * 2**-24          in [0, 1), exact in float32
+    key     = (seed low, seed high)
+    counter = (index low, index high, update, site),  index = row * ceil(columns / 4) + column // 4
+    word    = output[column % 4]
+
+with Philox4x32-10 of Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+(SC 2011). The address says where and when a number is used: so a cut batch, another number of
+ranks, a stopped and resumed run or a GPU all see the same chance. GPU twin: ``kernels/philox.cuh``.
+
+- ``update`` counts parameter updates over a whole run, or stands for the epoch, temperature or
+  chain step where that is the clock.
+- ``row`` is the position in the global batch, or the chain's number. An asynchronous replica r
+  uses rows ``replica_row(r)`` + i.
+- ``column`` is the unit's number in the whole layer, ``columns`` the layer's size.
+- ``site`` = purpose (8 bits) | layer (8 bits) | half-step (16 bits): see ``site``.
+"""
+
+from __future__ import annotations
+
+import threading
+from enum import IntEnum
+
+import numpy as np
+from randomgen import Philox
+
+_LOW = 0xFFFFFFFF
+
+
+class Purpose(IntEnum):
+    """What a draw is for; the top eight bits of a site. Numbers are part of the file format."""
+
+    INITIALISATION = 0
+    ORDER = 1
+    BINARISATION = 2
+    UP = 3
+    CD = 4
+    CHAIN = 5
+    TEMPERING = 6
+    DROPOUT = 7
+    AIS = 8
+    SAMPLING = 9
+
+
+def site(purpose: Purpose, layer: int = 0, half_step: int = 0) -> int:
+    """The site number: purpose << 24 | layer << 16 | half_step."""
+    if not (0 <= layer < 1 << 8 and 0 <= half_step < 1 << 16):
+        raise ValueError(f"site: layer must be below 256 and half_step below 65536; got {layer}, {half_step}")
+    return int(purpose) << 24 | layer << 16 | half_step
+
+
+def replica_row(replica: int) -> int:
+    """The first row of an asynchronous replica, which has no place in a global batch: replica * 2**32."""
+    return replica << 32
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10 on arrays of counters: the specification, as the paper has it.
+
+    Parameters
+    ----------
+    counter : four arrays of uint32, broadcast together
+    key : two integers below 2**32
+
+    Returns
+    -------
+    four arrays of uint32
+    """
+    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in np.broadcast_arrays(*counter))
+    k0, k1 = int(key[0]), int(key[1])
+    low, half = np.uint64(_LOW), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (p1 >> half) ^ c1 ^ np.uint64(k0), p1 & low
+        c2, c3 = (p0 >> half) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
+
+
+class _Stream(threading.local):
+    """One generator a thread, set to an address before every use; its own state is never read."""
+
+    def __init__(self) -> None:
+        self.bits = Philox(number=4, width=32, key=0, counter=0)
+        self.numbers = np.random.Generator(self.bits)
+        self.state = self.bits.state
+
+    def at(self, seed: int, update: int, site: int, index: int) -> np.random.Generator:
+        """The generator, about to give the block of this counter."""
+        if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32 and 0 <= index < 1 << 64):
+            raise ValueError("draws: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
+                             f"got seed {seed}, index {index}, update {update}, site {site}")
+        # randomgen increments the counter before each block
+        before = ((site << 96 | update << 64 | index) - 1) & ((1 << 128) - 1)
+        state = self.state
+        state["state"]["counter"][:] = (before & _LOW, before >> 32 & _LOW, before >> 64 & _LOW, before >> 96)
+        state["state"]["key"][:] = (seed & _LOW, seed >> 32)
+        state["buffer_pos"] = 4
+        state["has_uint32"] = 0
+        self.bits.state = state
+        return self.numbers
+
+
+_stream = _Stream()
+
+
+def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
+    """Fill ``out`` with u(seed, update, site, row + i, column + j).
+
+    Parameters
+    ----------
+    out : array (B, m), float32
+        Overwritten.
+    seed, update, site, row, column : int
+        The address of ``out[0, 0]``; see the head of this file.
+    columns : int, optional
+        Size of the whole layer; ``column + m`` if not given.
+
+    Returns
+    -------
+    array (B, m), float32
+        ``out``.
+
+    Notes
+    -----
+    GPU twin: ``cuda.uniforms``.
+    """
+    rows, m = out.shape
+    columns = column + m if columns is None else columns
+    blocks = -(-columns // 4)
+    if column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous:
+        _stream.at(seed, update, site, row * blocks).random(out=out, dtype=np.float32)
+    elif column == 0 and columns == m:
+        whole = _stream.at(seed, update, site, row * blocks).random((rows, 4 * blocks), dtype=np.float32)
+        out[...] = whole[:, :m]
+    else:  # part of a layer: its blocks are not neighbours from row to row
+        first, last = column // 4, -(-(column + m) // 4)
+        for i in range(rows):
+            words = _stream.at(seed, update, site, (row + i) * blocks + first).random(4 * (last - first), dtype=np.float32)
+            out[i] = words[column - 4 * first :][:m]
+    return out
+
+
+def words(count: int, *, seed: int, update: int, site: int, row: int = 0) -> np.ndarray:
+    """The ``count`` uint32 words of one row: what ``uniforms`` is made of."""
+    numbers = _stream.at(seed, update, site, row * -(-count // 4))
+    return numbers.integers(0, 1 << 32, count, dtype=np.uint32)
+
+
+def permutation(count: int, *, seed: int, update: int, site: int, row: int = 0) -> np.ndarray:
+    """An order of ``count`` rows: the stable argsort of their words. Array (count,), int64."""
+    return np.argsort(words(count, seed=seed, update=update, site=site, row=row), kind="stable")
+
+
+def normals(out, **address):
+    """Fill ``out`` (B, m), float32, with standard normals: Box-Muller on neighbouring uniforms.
+
+        z[2j], z[2j+1] = r cos(2 pi u[2j+1]), r sin(2 pi u[2j+1]),  r = sqrt(-2 log(1 - u[2j]))
+
+    ``address`` as for ``uniforms``; ``column`` must be even.
+    """
+    rows, m = out.shape
+    u = np.empty((rows, m + m % 2), np.float32)
+    columns = address.get("columns") or address.get("column", 0) + m
+    uniforms(u, **{**address, "columns": columns + columns % 2})
+    radius = np.sqrt(-2 * np.log1p(-u[:, 0::2].astype(np.float64)))
+    angle = 2 * np.pi * u[:, 1::2].astype(np.float64)
+    out[:, 0::2] = radius * np.cos(angle)
+    out[:, 1::2] = (radius * np.sin(angle))[:, : m // 2]
+    return out

@@ -1,0 +1,15 @@
+"""The two ways a run may fail on purpose.
+
+Everything else that is raised is a fault of ours and shows its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something the caller can mend; one line: ``what: must ...; got .... hint``.
+
+    The commands print it without a traceback and exit with code 2.
+    """
+
+
+class NonFiniteError(ArithmeticError):
+    """Parameters became NaN or infinite; names the layer and the update. Exit code 3."""

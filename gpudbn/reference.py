@@ -1,0 +1,190 @@
+"""The mathematics of one layer in NumPy: the specification of every kernel.
+
+``cuda.py`` has the same names and signatures for arrays on a GPU. Notation, everywhere:
+
+    v  (B, n)  visible units      b  (n,)    visible biases       B, n, m  rows, visible, hidden
+    h  (B, m)  hidden units       c  (m,)    hidden biases
+    W  (n, m)  weights
+
+    E(v, h) = -b.v - c.h - v W h
+    P(h_j = 1 | v) = sigmoid(c_j + (v W)_j)        P(v_i = 1 | h) = sigmoid(b_i + (W h)_i)
+
+(Bengio 2009 and Fischer & Igel 2012 index W the other way; Hinton's guide calls the biases a, b.)
+All arrays are float32. Outputs come first and are overwritten; nothing else is modified.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from gpudbn.draws import uniforms
+
+__all__ = ["bernoulli", "cd_sums", "cd_update", "half_step", "momentum_step", "sigmoid", "uniforms"]
+
+# Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
+PIECE = 1 << 15
+
+
+class _Scratch(threading.local):
+    """Work space that outlives a call: allocating megabytes anew costs more than filling them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, np.ndarray] = {}
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape))
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self.buffers[name] = np.empty(size, np.float32)
+        return buffer[:size].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
+def sigmoid(x):
+    """x <- 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2, in place; without overflow.
+
+    Absolute error at most 1.2e-7. Returns ``x``.
+    """
+    half = np.float32(0.5)
+    np.multiply(x, half, out=x)
+    np.tanh(x, out=x)
+    np.multiply(x, half, out=x)
+    return np.add(x, half, out=x)
+
+
+def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None):
+    """sample[r, j] <- 1 if u(r, j) < mean[r, j] else 0.
+
+    Parameters
+    ----------
+    sample : array (B, m), float32
+        Overwritten. May be ``mean`` itself.
+    mean : array (B, m), float32
+        Probabilities in [0, 1].
+    seed, update, site, row, column, columns : int
+        Address of the draws, see ``draws``.
+    """
+    u = uniforms(_scratch.get("u", mean.shape), seed=seed, update=update, site=site, row=row, column=column, columns=columns)
+    np.less(u, mean, out=sample, casting="unsafe")
+    return sample
+
+
+def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0, columns=None):
+    """mean <- sigmoid(x W + bias), sample ~ Bernoulli(mean): half a Gibbs step.
+
+    Parameters
+    ----------
+    sample : array (B, m), float32, or None
+        Overwritten with 0 and 1. None: not wanted, nothing is drawn.
+    mean : array (B, m), float32, or None
+        Overwritten with the probabilities. None: not wanted.
+    x : array (B, n), float32
+        Units of the layer that is given.
+    W : array (n, m), float32; or (m, n) with ``transpose``
+        Weights. ``transpose`` multiplies by W^T: the step from hidden to visible.
+    bias : array (m,), float32
+    seed, update, site, row, column, columns : int
+        Address of ``sample[0, 0]``, see ``draws``.
+
+    Notes
+    -----
+    Hinton, "A practical guide to training restricted Boltzmann machines" (2012), section 3.
+    """
+    out = sample if mean is None else mean
+    np.matmul(x, W.T if transpose else W, out=out)
+    np.add(out, bias, out=out)
+    sigmoid(out)
+    if sample is not None:
+        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns)
+
+
+def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
+    """dW <- v0^T h0 - w vk^T hk,  db <- sum v0 - w sum vk,  dc <- sum h0 - w sum hk.
+
+    Divided by the number of rows, this is the CD-k estimate of the gradient of the mean
+    log-likelihood.
+
+    Parameters
+    ----------
+    dW, db, dc : arrays (n, m), (n,), (m,), float32
+        Overwritten with sums, not means, so that the parts of a cut batch may be added.
+    v, h : arrays (rows + C, n), (rows + C, m), float32
+        The first ``rows`` rows are the data phase, the other C the model phase: for CD C = rows,
+        for PCD the number of chains.
+    rows : int
+        B, the rows of the data phase.
+    model_weight : float
+        w: 1 for CD; for PCD the rows of the global batch divided by all chains.
+
+    Notes
+    -----
+    Both products are one, with K = B + C. Hinton (2012), section 2; Hinton (2002), "Training
+    products of experts by minimizing contrastive divergence". (Algorithm 1 of the talk this
+    project comes from has the signs the other way.)
+    """
+    signs = _scratch.get("signs", (len(v),))
+    signs[:rows] = 1
+    signs[rows:] = -model_weight
+    signed = np.multiply(h, signs[:, None], out=_scratch.get("signed", h.shape))
+    np.matmul(v.T, signed, out=dW)
+    np.matmul(signs, v, out=db)
+    np.sum(signed, axis=0, out=dc)
+
+
+def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momentum, decay):
+    """velocity <- momentum velocity + rate (scale gradient - decay W);  parameters <- parameters + velocity.
+
+    Parameters
+    ----------
+    parameters, velocity : arrays (size,), float32
+        Modified.
+    gradient : array (size,), float32
+        Sums over rows, pointing uphill.
+    weights : int
+        The first ``weights`` entries are weights and decay; the biases behind them do not.
+    scale : float
+        One over the number of rows that were summed.
+    rate, momentum, decay : float
+
+    Notes
+    -----
+    Hinton (2012), sections 9 and 10: L2 decay is multiplied by the learning rate.
+    """
+    work = _scratch.get("step", (min(PIECE, parameters.size),))
+    for start in range(0, parameters.size, PIECE):
+        p, u, g = (a[start : start + PIECE] for a in (parameters, velocity, gradient))
+        t = work[: p.size]
+        np.multiply(u, np.float32(momentum), out=u)
+        np.multiply(g, np.float32(rate * scale), out=t)
+        np.add(u, t, out=u)
+        decaying = min(max(weights - start, 0), p.size)
+        if decay and decaying:
+            np.multiply(p[:decaying], np.float32(rate * decay), out=t[:decaying])
+            np.subtract(u[:decaying], t[:decaying], out=u[:decaying])
+        np.add(p, u, out=p)
+
+
+def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay):
+    """One CD-k update of an RBM: ``cd_sums`` and ``momentum_step`` in one.
+
+    Parameters
+    ----------
+    parameters, velocity : arrays (n m + n + m,), float32
+        W, b, c end to end. Modified.
+    gradient : array (n m + n + m,), float32
+        Work space of the NumPy twin; its content afterwards is not specified.
+    n, m : int
+        Visible and hidden units.
+    v, h, rows, model_weight
+        As in ``cd_sums``.
+    rate, momentum, decay : float
+        As in ``momentum_step``.
+    """
+    weights = n * m
+    dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
+    cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
+    momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum, decay=decay)
