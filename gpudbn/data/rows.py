@@ -1,0 +1,164 @@
+"""Tables of training rows and what belongs to them: ``Rows`` (one table) and ``DataSet`` (training, validation, test).
+
+A table is a base array and a selection of its rows. Splits and shards change the selection only, so they copy
+nothing, and the base array may be larger than memory: a memory-mapped file is read where it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from gpudbn import arrays
+from gpudbn.arrays import Array
+
+CHUNK = 1 << 22  # bytes that go through memory at once when a whole table is read
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A read-only table of rows: entry [i, j] is array[index[i], j] * scale, in [0, 1].
+
+    Parameters
+    ----------
+    array : array (N, n), uint8, bool or floating
+        The base array, on disk (memory-mapped), in memory or on a GPU. Not modified, never copied here.
+    scale : float
+        What entries are multiplied by: 1/255 for bytes.
+    labels : array (N,), int32, optional
+        Classes of the base array's rows.
+    index : range or array (count,), int64, optional
+        The rows of ``array`` that belong to this table; all if not given. In memory, also where ``array`` is on a GPU.
+    """
+
+    array: Array
+    scale: float = 1.0
+    labels: Array | None = None
+    index: range | np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.array) if self.index is None else len(self.index)
+
+    @property
+    def n(self) -> int:
+        """The number of columns."""
+        return self.array.shape[1]
+
+    def _places(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of the base array. Out of range is refused: it would read rows of another split."""
+        positions = np.asarray(positions)
+        if positions.size and (positions.min() < 0 or positions.max() >= len(self)):
+            raise IndexError(f"Rows: positions must lie in [0, {len(self)}); "
+                             f"got {positions.min()} to {positions.max()}")
+        if self.index is None:
+            return positions
+        if isinstance(self.index, range):
+            return positions * self.index.step + self.index.start
+        return self.index[positions]
+
+    def take(self, positions: np.ndarray, out: Array) -> None:
+        """Fill ``out`` with the rows at ``positions``, scaled.
+
+        Parameters
+        ----------
+        positions : array (B,), integers in [0, len(self))
+            Always a NumPy array.
+        out : array (B, n), float32
+            Overwritten. In the place where ``array`` is.
+        """
+        places, array = self._places(positions), self.array
+        if out.shape != (len(places), self.n) or out.dtype != np.float32:
+            raise ValueError(f"Rows.take: out must be ({len(places)}, {self.n}) float32; got {out.shape} {out.dtype}")
+        xp = arrays.module_of(array, out)
+        if xp is not np:
+            chunk = array[xp.asarray(places)]
+        elif array.flags.c_contiguous and array.flags.aligned:
+            if array.dtype == np.float32 and self.scale == 1 and array.dtype.isnative:
+                # "clip" saves the copy that "raise" makes of out; the places have been checked
+                np.take(array, places, axis=0, out=out, mode="clip")
+                return
+            chunk = array.take(places, axis=0, mode="clip")
+        else:
+            chunk = array[places]  # numpy.take would first copy the whole array
+        xp.copyto(out, chunk, casting="unsafe")
+        if self.scale != 1:
+            xp.multiply(out, np.float32(self.scale), out=out)
+
+    def take_labels(self, positions: np.ndarray) -> Array:
+        """The classes of the rows at ``positions``: array (B,), int32, in the place where ``array`` is."""
+        if self.labels is None:
+            raise ValueError("Rows.take_labels: the rows must have labels; got none")
+        places = self._places(positions)
+        xp = arrays.module_of(self.labels)
+        return self.labels[places if xp is np else xp.asarray(places)]
+
+    def select(self, index: range | np.ndarray) -> Rows:
+        """The rows at these positions as a table of their own; a view."""
+        if self.index is None:
+            chosen = index
+        elif isinstance(index, range):
+            chosen = self.index[index.start : index.stop : index.step]
+        else:
+            chosen = self._places(index)
+        return Rows(self.array, self.scale, self.labels, chosen)
+
+    def shard(self, part: int, parts: int) -> Rows:
+        """Rows part, part + parts, part + 2 parts, ...: the shards share no row and together are everything."""
+        if not 0 <= part < parts:
+            raise ValueError(f"Rows.shard: part must lie in [0, {parts}); got {part}")
+        index = range(len(self)) if self.index is None else self.index
+        return Rows(self.array, self.scale, self.labels, index[part::parts])
+
+    def to(self, xp: ModuleType) -> Rows:
+        """These rows, and no others, resident where ``xp``'s arrays live; self if they are there.
+
+        Bytes stay bytes: the GPU holds a quarter of what float32 would take. Goes through memory in chunks.
+        """
+        if (xp is np) != arrays.is_gpu(self.array):
+            return self
+        if xp is np:
+            return Rows(arrays.to_cpu(self.array), self.scale,
+                        None if self.labels is None else arrays.to_cpu(self.labels), self.index)
+        positions = np.arange(len(self))
+        dtype = self.array.dtype if self.array.dtype in (np.uint8, np.bool_, np.float16) else np.dtype(np.float32)
+        there = xp.empty((len(self), self.n), dtype)
+        step = max(1, CHUNK // max(1, self.n * self.array.dtype.itemsize))
+        for first in range(0, len(self), step):
+            chunk = self.array[self._places(positions[first : first + step])]
+            there[first : first + step] = xp.asarray(np.ascontiguousarray(chunk, dtype))
+        labels = None if self.labels is None else xp.asarray(self.take_labels(positions))
+        return Rows(there, self.scale, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Training, validation and test rows of one kind.
+
+    ``image_shape`` is the (height, width) of a row that is a picture, ``classes`` the number of classes (0 without
+    labels), ``constant`` the number of columns that never vary.
+    """
+
+    name: str
+    train: Rows
+    validation: Rows
+    test: Rows
+    image_shape: tuple[int, int] | None
+    classes: int
+    constant: int = 0
+
+    @property
+    def n(self) -> int:
+        """The number of columns."""
+        return self.train.n
+
+    def describe(self) -> str:
+        """One line: how many rows of what, and what a reader should know about them."""
+        shape = "" if self.image_shape is None else f" ({self.image_shape[0]} x {self.image_shape[1]})"
+        text = (f"{self.name}: {len(self.train)} training, {len(self.validation)} validation and {len(self.test)} test "
+                f"rows of {self.n} columns{shape}")
+        text += f", {self.classes} classes" if self.classes else ", no labels"
+        if self.constant:
+            text += f"; {self.constant} {'column never varies' if self.constant == 1 else 'columns never vary'}"
+        return text
