@@ -51,7 +51,7 @@ _HINTS = {
 
 def why_not(path: Path | str, rule: str, error: OSError) -> UserError:
     """The one line for an OSError: path, rule, the system's reason and what to do about it."""
-    hint = _HINTS.get(error.errno or 0, "Choose a place where you have the right to")
+    hint = _HINTS.get(error.errno or 0, "Check its permissions, or choose another place")
     return UserError(f"{path}: must be {rule}; got '{os.strerror(error.errno or errno.EIO)}'. {hint}")
 
 
