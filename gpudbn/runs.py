@@ -116,12 +116,13 @@ class Run:
         UserError
             If it cannot be written, whole; the earlier records stay as they were.
         """
-        line = json.dumps(_plain(values), allow_nan=False) + "\n"
+        data = (json.dumps(_plain(values), allow_nan=False) + "\n").encode()
         try:
-            with self.metrics.open("ab", buffering=0) as file:
+            with self.metrics.open("a+b", buffering=0) as file:
                 end = file.tell()
+                if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # the half line of a crash
+                    end = file.truncate(sum(map(len, self._lines())))
                 try:
-                    data = line.encode()
                     while data:
                         data = data[file.write(data):]
                 except BaseException:
