@@ -1,0 +1,155 @@
+"""Discriminative fine-tuning: softmax on top, back-propagation through mean-field layers.
+
+    a_0 = v,  a_l = sigmoid(a_{l-1} W_l + c_l),  p = softmax(a_L W + c)
+
+Bengio et al. (2007), section 2.3 and algorithm 3 of the talk; dropout as in Srivastava et al.
+(2014), section 4, scaled in training so that prediction needs no change. Gradients point uphill,
+towards lower cross-entropy. Generic over NumPy and CuPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpudbn.arrays import Array
+from gpudbn.data import Rows
+from gpudbn.dbn import DBN, threshold
+from gpudbn.draws import Purpose, site
+from gpudbn.optimiser import Adam, Momentum, StepRule, schedule
+from gpudbn.parameters import Parameters
+from gpudbn.pretrain import Piece
+from gpudbn.settings import Settings
+from gpudbn.twins import twins_of
+
+
+class FinetunePhase:
+    """Fine-tuning of the whole network.
+
+    Parameters
+    ----------
+    dbn : DBN
+        Its ``classifier`` is trained; made from the layers if there is none.
+    classes : int
+    rows : int
+        The most rows of one piece.
+    """
+
+    name = "finetune"
+    layer = None
+    chains = None
+    keeps_best = True
+    better = "errors"
+    measures = ("loss", "errors")
+
+    def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
+        self.dbn, self.settings, self.xp = dbn, settings, dbn.xp
+        self.net = dbn.classifier or dbn.new_classifier(classes)
+        self.parameters = self.net.flat
+        self.depth = len(dbn.layers)
+        self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
+        self.epochs, self.patience = settings.finetune_epochs, settings.finetune_patience
+        self.batch = settings.finetune_batch or settings.batch
+        self.rule: StepRule = (
+            Adam(self.parameters, decay=settings.finetune_decay) if settings.optimiser == "adam" else
+            Momentum(self.parameters, momentum=settings.finetune_momentum, decay=settings.finetune_decay))
+        self.gradient = Parameters(self.net.shapes, self.xp)
+        widths = [*dbn.sizes, self.net[f"c{self.depth}"].size]
+        self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
+        self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
+        self.masks = [self.xp.empty((rows, width), np.float32) for width in widths[:-1]]
+        self.twins = twins_of(self.parameters)
+        self.rate = 0.0
+
+    def state(self) -> dict[str, Array]:
+        """What a checkpoint keeps besides the parameters."""
+        return self.rule.state
+
+    def begin_epoch(self, epoch: int) -> dict[str, float]:
+        """Set the rate of epoch ``epoch`` (from 0)."""
+        s = self.settings
+        self.rate = schedule(s.finetune_schedule, s.finetune_learning_rate, s.finetune_learning_rate_end, epoch,
+                             self.epochs)
+        return {"learning_rate": self.rate}
+
+    def _keep(self, level: int) -> float:
+        return 1 - (self.settings.dropout if level else self.settings.input_dropout)
+
+    def _drop(self, x: Array, level: int, piece: Piece) -> None:
+        """x <- x [u < keep] / keep: the units of level ``level`` (0: data) that take part in this update."""
+        keep = self._keep(level)
+        if keep == 1:
+            return
+        mask = self.twins.uniforms(self.masks[level][: len(x)], seed=self.settings.seed, update=piece.update,
+                                   site=site(Purpose.DROPOUT, level), row=piece.row)
+        self.xp.multiply(x, mask < np.float32(keep), out=x)
+        self.xp.multiply(x, np.float32(1 / keep), out=x)
+
+    def _forward(self, a: list[Array], piece: Piece | None) -> Array:
+        """Fill a[1:] from a[0]; the last becomes log softmax. Dropout only if there is a piece."""
+        xp, net = self.xp, self.net
+        if piece is not None:
+            self._drop(a[0], 0, piece)
+        for i in range(self.depth):
+            self.twins.half_step(None, a[i + 1], a[i], net[f"W{i}"], net[f"c{i}"])
+            if piece is not None:
+                self._drop(a[i + 1], i + 1, piece)
+        logits = a[-1]
+        xp.matmul(a[-2], net[f"W{self.depth}"], out=logits)
+        logits += net[f"c{self.depth}"]
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))
+        return logits
+
+    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+        """``out`` (size,) <- the sum over rows of the gradient of log p(label)."""
+        count, xp = len(piece.positions), self.xp
+        if not count:
+            out[...] = 0
+            return
+        gradient = self.gradient if out is self.gradient.flat else Parameters(self.net.shapes, flat=out)
+        a = [x[:count] for x in self.activations]
+        rows.take(piece.positions, a[0])
+        if self.settings.binarise == "threshold":
+            threshold(a[0])
+        logits = self._forward(a, piece)
+        # d log p(label) / d logits = onehot(label) - p
+        delta = self.deltas[-1][:count]
+        xp.exp(logits, out=delta)
+        xp.negative(delta, out=delta)
+        delta[xp.arange(count), xp.asarray(rows.take_labels(piece.positions))] += 1
+        for i in range(self.depth, -1, -1):
+            xp.matmul(a[i].T, delta, out=gradient[f"W{i}"])
+            xp.sum(delta, axis=0, out=gradient[f"c{i}"])
+            if i:
+                below = self.deltas[i - 1][:count]
+                xp.matmul(delta, self.net[f"W{i}"].T, out=below)
+                # with x = a [kept] / keep, the factor [kept] / keep a (1 - a) is x (1 - keep x)
+                factor = self.masks[i][:count]
+                xp.multiply(a[i], np.float32(-self._keep(i)), out=factor)
+                factor += np.float32(1)
+                below *= a[i]
+                below *= factor
+                delta = below
+
+    def step(self, sums: Array, count: int) -> None:
+        """One step of the optimiser with sums over ``count`` rows."""
+        self.rule.step(self.parameters, sums, weights=self.weights, scale=1 / count, rate=self.rate)
+
+    def update(self, rows: Rows, piece: Piece) -> None:
+        """``sums`` and ``step`` in one."""
+        self.sums(self.gradient.flat, rows, piece)
+        self.step(self.gradient.flat, len(piece.positions))
+
+    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+        """Sums over the rows of the cross-entropy in nats, and of the wrong answers; no dropout."""
+        x = self.xp.empty((len(positions), self.dbn.sizes[0]), np.float32)
+        rows.take(positions, x)
+        if self.settings.binarise == "threshold":
+            threshold(x)
+        a = [x] + [self.xp.empty((len(x), d.shape[1]), np.float32) for d in self.deltas]
+        logits = self._forward(a, None)
+        labels = self.xp.asarray(rows.take_labels(positions))
+        loss = -logits[self.xp.arange(len(x)), labels].sum(dtype=np.float64)
+        return [loss, (logits.argmax(axis=1) != labels).sum(dtype=np.float64)]

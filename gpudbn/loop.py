@@ -1,0 +1,390 @@
+"""The schedule of a run: layers, epochs, turns, evaluations. Prints nothing and knows no MPI.
+
+A replica computes and exchanges in turns:
+
+    run `count` updates on parameters that are local for so long
+    exchange: push what changed, take what the others changed
+
+Alone, a turn is a reporting interval and the exchange does nothing; an asynchronous replica's turn
+is ``n_push`` updates; synchronous replicas add their sums within every update. At the end of an
+epoch all replicas meet with equal parameters, measure together, and may save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpudbn.arrays import Array, all_finite, to_cpu
+from gpudbn.data import DataSet, Rows
+from gpudbn.dbn import DBN
+from gpudbn.draws import Purpose, permutation, replica_row, site
+from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.finetune import FinetunePhase
+from gpudbn.pretrain import LayerPhase, Phase, Piece
+from gpudbn.rbm import new_chains
+from gpudbn.settings import Settings
+from gpudbn.tracing import span
+
+TURN = 50  # updates between two looks at the world, alone or synchronous
+PROBE = 2000  # rows on which a layer is measured
+MEASURED = 250  # rows at once: blocks of constant size, so that their sums do not depend on the number of replicas
+BLOCKS = 8  # --order fixed: pieces of a batch
+
+
+class Exchange(Protocol):
+    """What the loop knows of other replicas; see ``mpi/``."""
+
+    replica: int
+    replicas: int
+    chief: bool
+    cuts_batches: bool
+
+    def begin(self, parameters: Array) -> None: ...
+    def add_(self, sums: Array) -> None: ...
+    def add_in_order_(self, sums: Array, partials: list[Array]) -> None: ...
+    def exchange(self, parameters: Array, before: Array, *, fetch: bool = True) -> None: ...
+    def meet(self, parameters: Array) -> None: ...
+    def total(self, values: np.ndarray) -> np.ndarray: ...
+    def any(self, flag: bool) -> bool: ...
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None: ...
+    def report(self) -> dict: ...
+
+
+class Training:
+    """One run over all phases: each layer of the stack, then fine-tuning.
+
+    Parameters
+    ----------
+    dbn : DBN
+        Modified.
+    data : DataSet
+        For pretraining, and for fine-tuning unless ``labelled`` is given.
+    settings : Settings
+    exchange : Exchange
+        ``mpi.alone.Alone()`` for a single process.
+    labelled : DataSet, optional
+        Other data for fine-tuning, with the same columns.
+    progress : callable, optional
+        Called with (updates done, updates of the epoch) after every turn.
+
+    Attributes
+    ----------
+    interrupt : bool
+        Set it, for instance from a signal handler, to end after the current turn. Only alone: replicas
+        can stop together only where they meet.
+    """
+
+    def __init__(self, dbn: DBN, data: DataSet, settings: Settings, exchange: Exchange, *,
+                 labelled: DataSet | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+        self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
+        self.labelled = labelled or data
+        self.progress = progress or (lambda done, total: None)
+        self.interrupt = False
+        self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches
+        self.depth = len(dbn.layers)
+        finetune = settings.finetune_epochs > 0 and self.labelled.train.labels is not None
+        self.phases = self.depth + finetune
+        # where the run stands: what a checkpoint keeps
+        self.index = 0  # number of the phase
+        self.epoch = 0  # epochs of the phase that are complete
+        self.position = 0  # updates done of the epoch that is not
+        self.updates = 0  # updates of the whole run: the clock of the draws
+        self.best: dict[str, Any] = {"value": None, "epoch": 0}
+        self.best_parameters: Array | None = None
+        self.seconds = 0.0
+        self.phase: Phase | None = None
+        self._phase_arrays: dict[str, np.ndarray] = {}  # of a checkpoint, until the phase is made
+        self._vectors: list[Array] = []
+        smallest = min(len(self._shard(self._set(i).train)) for i in (0, self.phases - 1))
+        if smallest < 1:
+            raise UserError(f"--data: must have at least one training row a replica; got {len(data.train)} rows for "
+                            f"{exchange.replicas} replicas. Start fewer ranks")
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Train to the end, or to the next interrupt; yields one record after each epoch and at the end.
+
+        The caller may call ``state`` between records, on all replicas.
+
+        Raises
+        ------
+        NonFiniteError
+            If parameters became NaN or infinite; names layer and update.
+        """
+        while self.index < self.phases:
+            with span(f"phase {self.index}"):
+                phase = self.phase = self._make_phase()
+                self.exchange.begin(phase.parameters)
+                while self.epoch < phase.epochs and not self._enough(phase):
+                    record = self._run_epoch(phase)
+                    if record is None:
+                        return  # interrupted
+                    yield record
+            if phase.keeps_best and self.best_parameters is not None:
+                phase.parameters[...] = self.best_parameters
+            self.index, self.epoch, self.phase = self.index + 1, 0, None
+            self.best, self.best_parameters = {"value": None, "epoch": 0}, None
+        yield self._test()
+
+    def _enough(self, phase: Phase) -> bool:
+        return bool(phase.patience) and self.epoch - self.best["epoch"] >= phase.patience and self.best["epoch"] > 0
+
+    def _make_phase(self) -> Phase:
+        s, kept = self.settings, self._phase_arrays
+        phase: Phase
+        if self.index < self.depth:
+            rows, low, high = self._widest(s.batch), *self._chain_range(s.batch)
+            chains = None
+            if s.method == "pcd":
+                chains = self.dbn.xp.asarray(kept["chains"] if kept else new_chains(
+                    high - low, self.dbn.layers[self.index].m, seed=s.seed, layer=self.index, row=self._first_row() + low))
+            layer = LayerPhase(self.dbn, self.index, s, rows=rows, chains=chains)
+            if not kept:
+                layer.initialise(self.data.train)
+            phase = layer
+        else:
+            phase = FinetunePhase(self.dbn, self.labelled.classes, s, rows=self._widest(s.finetune_batch or s.batch))
+        for name, array in phase.state().items():
+            if kept:
+                array[...] = self.dbn.xp.asarray(kept[name]) if not isinstance(array, np.ndarray) else kept[name]
+        if "best" in kept:
+            self.best_parameters = self.dbn.xp.asarray(kept["best"])
+        self._phase_arrays = {}
+        return phase
+
+    def _run_epoch(self, phase: Phase) -> dict[str, Any] | None:
+        started = time.perf_counter()
+        rates = phase.begin_epoch(self.epoch)
+        rows = self._shard(self._set(self.index).train)
+        # the same number of updates on every replica, also where shards differ by a row
+        all_rows = len(self._set(self.index).train)
+        longest = -(-all_rows // self.exchange.replicas) if self.asynchronous else all_rows
+        count = -(-longest // phase.batch)
+        order = permutation(len(rows), seed=self.settings.seed, update=self.epoch, row=self._first_row(),
+                            site=site(Purpose.ORDER, self.index))
+        before = phase.parameters.copy() if self.asynchronous else None
+        turn = self.settings.n_push if self.asynchronous else TURN
+        # an overflow shows itself as a parameter that is not finite, at the end of the turn
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            while self.position < count:
+                end = min(self.position + turn, count)
+                with span("compute"):
+                    for i in range(self.position, end):
+                        self._update(phase, rows, order[i * phase.batch : (i + 1) * phase.batch])
+                self._check(phase)
+                if before is not None:
+                    with span("exchange"):
+                        self.exchange.exchange(phase.parameters, before,
+                                               fetch=end % self.settings.n_fetch == 0 or end == count)
+                self.position = end
+                self.progress(end, count)
+                if self.interrupt and self.exchange.replicas == 1 and end < count:
+                    self.seconds += time.perf_counter() - started
+                    return None
+        self.exchange.meet(phase.parameters)
+        self._check(phase)
+        self.epoch, self.position = self.epoch + 1, 0
+        record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
+                  "epoch": self.epoch, "update": self.updates, **rates, **self._measure(phase)}
+        self.seconds += time.perf_counter() - started
+        self._remember(phase, record)
+        return record | {"best_epoch": self.best["epoch"], "seconds": round(self.seconds, 3)}
+
+    def _update(self, phase: Phase, rows: Rows, positions: np.ndarray) -> None:
+        """One update with the rows of one batch: the global one, or an asynchronous replica's."""
+        pieces = self._pieces(phase, positions)
+        if self.settings.order == "fixed":
+            for piece, partial in zip(pieces, self._buffers(phase, len(pieces)), strict=True):
+                phase.sums(partial, rows, piece)
+            sums = self._buffers(phase, len(pieces) + 1)[-1]
+            self.exchange.add_in_order_(sums, self._buffers(phase, len(pieces)))
+            phase.step(sums, len(positions))
+        elif self.exchange.cuts_batches:
+            (sums,) = self._buffers(phase, 1)
+            phase.sums(sums, rows, pieces[0])
+            self.exchange.add_(sums)
+            phase.step(sums, len(positions))
+        elif len(positions):
+            phase.update(rows, pieces[0])
+        self.updates += 1
+
+    def _buffers(self, phase: Phase, count: int) -> list[Array]:
+        """Vectors of the size of the phase's parameters, allocated once."""
+        if not self._vectors or self._vectors[0].shape != phase.parameters.shape:
+            self._vectors = []
+        while len(self._vectors) < count:
+            self._vectors.append(self.dbn.xp.empty_like(phase.parameters))
+        return self._vectors[:count]
+
+    # -- who takes which rows ---------------------------------------------------------------------
+
+    def _set(self, index: int) -> DataSet:
+        return self.data if index < self.depth else self.labelled
+
+    def _shard(self, rows: Rows) -> Rows:
+        """The rows this replica learns from: its shard, or all of them where batches are cut."""
+        return rows.shard(self.exchange.replica, self.exchange.replicas) if self.asynchronous else rows
+
+    def _first_row(self) -> int:
+        """Row number of the first row of a batch, for the draws."""
+        return replica_row(self.exchange.replica) if self.asynchronous else 0
+
+    def _chain_range(self, batch: int) -> tuple[int, int]:
+        """Which of the ``batch`` persistent chains are this replica's: from, to."""
+        pieces = self._cut(batch, batch)
+        return (pieces[0][0], pieces[-1][1]) if pieces else (0, 0)
+
+    def _widest(self, batch: int) -> int:
+        """The most rows of one piece; a short batch may cut a row more for a replica than a full one does."""
+        if self.settings.order == "fixed":
+            return -(-batch // BLOCKS)
+        return -(-batch // self.exchange.replicas) if self.exchange.cuts_batches else batch
+
+    def _cut(self, batch: int, rows: int) -> list[tuple[int, int]]:
+        """This replica's pieces of a batch of size ``batch`` of which only ``rows`` rows are there."""
+        r, of = self.exchange.replica, self.exchange.replicas
+        if self.settings.order == "fixed":  # blocks of constant size, whatever the number of replicas
+            size = -(-batch // BLOCKS)
+            count = -(-batch // size)
+            return [(min(i * size, rows), min((i + 1) * size, rows))
+                    for i in range(count * r // of, count * (r + 1) // of)]
+        return [(rows * r // of, rows * (r + 1) // of)] if self.exchange.cuts_batches else [(0, rows)]
+
+    def _pieces(self, phase: Phase, positions: np.ndarray) -> list[Piece]:
+        base, weight = self._first_row(), 1.0
+        data = self._cut(phase.batch, len(positions))
+        chains = data
+        if phase.chains is not None:
+            chains = self._cut(phase.batch, phase.batch)
+            weight = len(positions) / phase.batch
+        start = chains[0][0] if chains else 0
+        return [Piece(positions[lo:hi], self.updates, base + lo, slice(first - start, last - start), base + first, weight)
+                for (lo, hi), (first, last) in zip(data, chains, strict=True)]
+
+    # -- looking at it ----------------------------------------------------------------------------
+
+    def _check(self, phase: Phase) -> None:
+        if not all_finite(phase.parameters):
+            where = f"layer {self.index + 1}" if phase.layer is not None else "fine-tuning"
+            raise NonFiniteError(f"{where}: parameters must stay finite; got NaN or infinity by update {self.updates}. "
+                                 "Lower the learning rate; the last checkpoint is from before")
+
+    def _totals(self, phase: Phase, sets: list[tuple[Rows, int]]) -> list[np.ndarray]:
+        """The phase's measures, averaged over the first rows of each set: computed by all replicas together.
+
+        Blocks are of constant size and their sums are added in their order: the same bits for any
+        number of replicas.
+        """
+        blocks = [(i, rows, np.arange(lo, min(lo + MEASURED, count)))
+                  for i, (rows, count) in enumerate(sets) for lo in range(0, count, MEASURED)]
+        table = np.zeros((len(blocks), len(phase.measures)))
+        for number, (_, rows, positions) in enumerate(blocks):
+            if number % self.exchange.replicas == self.exchange.replica:
+                table[number] = [float(x) for x in phase.measure(rows, positions)]
+        table = self.exchange.total(table)
+        means = []
+        for i, (_, count) in enumerate(sets):
+            total = np.zeros(len(phase.measures))
+            for number, (of_set, _, _) in enumerate(blocks):
+                if of_set == i:
+                    total += table[number]
+            means.append(total / max(count, 1))
+        return means
+
+    def _measure(self, phase: Phase) -> dict[str, float | None]:
+        data = self._set(self.index)
+        held = len(data.validation) if phase.layer is None else min(len(data.validation), PROBE)
+        sets = [("train", data.train, min(len(data.train), PROBE)), ("validation", data.validation, held)]
+        found = self._totals(phase, [(rows, count) for _, rows, count in sets])
+        names = {"errors": "error"}
+        return {f"{names.get(name, name)}_{part}": float(mean[i]) if count else None
+                for (part, _, count), mean in zip(sets, found, strict=True) for i, name in enumerate(phase.measures)}
+
+    def _remember(self, phase: Phase, record: dict[str, Any]) -> None:
+        """Whether this epoch was the best so far on the validation rows."""
+        value = record["error_validation" if phase.keeps_best else "reconstruction_validation"]
+        if value is None or not phase.patience:
+            return
+        if phase.keeps_best:  # errors are few: ties go to the lower cross-entropy
+            value = [value, record["loss_validation"]]
+        if self.best["value"] is None or value < self.best["value"]:
+            self.best = {"value": value, "epoch": self.epoch}
+            if phase.keeps_best:
+                self.best_parameters = phase.parameters.copy()
+
+    def _test(self) -> dict[str, Any]:
+        """The last record: errors of the classifier on the test rows, or the reconstruction by the top layer."""
+        s = self.settings
+        test = self._set(self.phases - 1).test
+        phase: Phase
+        if self.phases > self.depth:
+            phase = FinetunePhase(self.dbn, self.labelled.classes, s, rows=1)
+        else:
+            phase = LayerPhase(self.dbn, self.depth - 1, s, rows=1, chains=None)
+        (mean,) = self._totals(phase, [(test, len(test))])
+        values = dict(zip(phase.measures, mean.tolist(), strict=True)) if len(test) else {}
+        error = values.pop("errors", None)
+        return {"phase": "test", "update": self.updates, "rows": len(test), **({} if error is None else {"error": error}),
+                **values, "seconds": round(self.seconds, 3)}
+
+    # -- stopping and going on --------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Everything needed to go on as if never stopped: arrays and metadata. All replicas call it; the chief gets it.
+
+        Parameters and, between synchronous replicas, velocities are the same everywhere; chains, and
+        the velocities of asynchronous replicas, are collected from each.
+        """
+        found = self.dbn.arrays()
+        own: dict[str, np.ndarray] = {}
+        if self.phase is not None:
+            own = {f"phase.{name}": to_cpu(array) for name, array in self.phase.state().items()}
+            if self.asynchronous:
+                own = self._collected(own)
+            if self.phase.chains is not None:
+                own |= self._collected({"phase.chains": to_cpu(self.phase.chains)})
+            if self.best_parameters is not None:
+                own["phase.best"] = to_cpu(self.best_parameters)
+        if not self.exchange.chief:
+            return None
+        return found | own, {"index": self.index, "epoch": self.epoch, "position": self.position,
+                             "updates": self.updates, "best": self.best, "seconds": self.seconds,
+                             "replicas": self.exchange.replicas, "asynchronous": self.asynchronous}
+
+    def _collected(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        every = {name: self.exchange.collect(array) for name, array in own.items()}
+        return {f"{name}@{r}": a for name, arrays in every.items() for r, a in enumerate(arrays or [])}
+
+    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        """Take up what ``state`` gave, on every replica, before ``run``.
+
+        Raises
+        ------
+        UserError
+            If the run had another number of asynchronous replicas, whose velocities and chains are their own.
+        """
+        if meta["asynchronous"] != self.asynchronous or (
+                self.asynchronous and meta["replicas"] != self.exchange.replicas):
+            was = f"{meta['replicas']} {'asynchronous' if meta['asynchronous'] else 'synchronous'} replicas"
+            raise UserError(f"--resume: must have the ranks it was started with; got {self.exchange.replicas} "
+                            f"replicas for a run with {was}. Use the same mpirun -n")
+        self.index, self.epoch, self.position = meta["index"], meta["epoch"], meta["position"]
+        self.updates, self.best, self.seconds = meta["updates"], meta["best"], meta["seconds"]
+        self.dbn.set_arrays({name: a for name, a in arrays.items() if not name.startswith("phase.")})
+        kept: dict[str, np.ndarray] = {}
+        for name in sorted(arrays):
+            if not name.startswith("phase."):
+                continue
+            base, _, replica = name[len("phase."):].partition("@")
+            if not replica or (self.asynchronous and int(replica) == self.exchange.replica):
+                kept[base] = arrays[name]
+        if "phase.chains@0" in arrays and not self.asynchronous:
+            every = [arrays[f"phase.chains@{r}"] for r in range(meta["replicas"])]
+            low, high = self._chain_range(self.settings.batch)
+            kept["chains"] = np.concatenate(every)[low:high]
+        self._phase_arrays = kept

@@ -1,0 +1,175 @@
+"""Greedy layer-wise pretraining: one layer of the stack as a phase of training.
+
+Layer l is trained as an RBM on the activations of layer l - 1, which are computed batch by batch
+on the way up and never held for the whole data set. Hinton, Osindero & Teh (2006), section 4;
+Bengio et al. (2007), algorithm 2.
+
+A phase is what ``loop.py`` repeats: it owns flat parameters, computes the sums of gradients over
+some rows (``sums``), takes a step with them (``step``), does both at once where nothing has to be
+exchanged between (``update``), and measures itself on rows it is given (``measure``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpudbn.arrays import Array
+from gpudbn.data import Rows
+from gpudbn.dbn import DBN, threshold
+from gpudbn.draws import Purpose, site
+from gpudbn.optimiser import schedule
+from gpudbn.rbm import Contrast, Estimator
+from gpudbn.settings import Settings
+from gpudbn.twins import twins_of
+
+
+class Piece(NamedTuple):
+    """The rows of one update that one computation takes, and where they stand in the global batch."""
+
+    positions: np.ndarray  # which rows of the training data
+    update: int  # number of the update
+    row: int  # position of the first row in the global batch: address of its draws
+    chains: slice  # PCD: which of this replica's chains go along
+    chain_row: int  # PCD: the number of the first of them
+    model_weight: float  # PCD: rows of the global batch over chains in all; 1 for CD
+
+
+class Phase(Protocol):
+    """What ``loop.py`` knows of a phase."""
+
+    name: str
+    layer: int | None
+    epochs: int
+    batch: int
+    patience: int
+    keeps_best: bool
+    better: str  # the measured value whose fall is progress on the validation rows
+    parameters: Array
+    chains: Array | None
+    measures: tuple[str, ...]
+
+    def state(self) -> dict[str, Array]: ...
+    def begin_epoch(self, epoch: int) -> dict[str, float]: ...
+    def sums(self, out: Array, rows: Rows, piece: Piece) -> None: ...
+    def step(self, sums: Array, count: int) -> None: ...
+    def update(self, rows: Rows, piece: Piece) -> None: ...
+    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]: ...
+
+
+class LayerPhase:
+    """Pretraining of one layer.
+
+    Parameters
+    ----------
+    dbn : DBN
+        Its layers below ``layer`` are trained; the parameters of ``layer`` are modified.
+    layer : int
+        From 0.
+    rows : int
+        The most rows of one piece.
+    chains : array (C, m), float32, or None
+        PCD: this replica's persistent chains.
+    """
+
+    name = "pretrain"
+    keeps_best = False
+    better = "reconstruction"
+    measures = ("free_energy", "reconstruction")
+
+    def __init__(self, dbn: DBN, layer: int, settings: Settings, *, rows: int, chains: Array | None) -> None:
+        self.dbn, self.layer, self.settings, self.chains = dbn, layer, settings, chains
+        self.rbm = dbn.layers[layer]
+        self.parameters = self.rbm.parameters.flat
+        self.epochs = settings.of_layer("epochs", layer)
+        self.batch, self.patience = settings.batch, settings.patience
+        estimator = Estimator(settings.method, settings.k, settings.data_hidden, settings.last_hidden,
+                              settings.reconstruction)
+        self.contrast = Contrast(self.rbm, rows, estimator, seed=settings.seed, layer=layer, chains=chains)
+        self.velocity = dbn.xp.zeros_like(self.parameters)
+        self.gradient = dbn.xp.empty_like(self.parameters)
+        # values of the layers below, on the way up
+        self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
+        self.twins = twins_of(self.parameters)
+        self.rate = self.momentum = 0.0
+
+    def state(self) -> dict[str, Array]:
+        """What a checkpoint keeps besides parameters and chains."""
+        return {"velocity": self.velocity}
+
+    def begin_epoch(self, epoch: int) -> dict[str, float]:
+        """Set rate and momentum of epoch ``epoch`` (from 0)."""
+        s = self.settings
+        self.rate = schedule(s.schedule, s.of_layer("learning_rate", self.layer), s.learning_rate_end, epoch, self.epochs)
+        self.momentum = s.momentum[0] if epoch < s.momentum_epochs else s.momentum[-1]
+        return {"learning_rate": self.rate, "momentum": self.momentum}
+
+    def _visible(self, out: Array, rows: Rows, piece: Piece) -> None:
+        """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""
+        s, count = self.settings, len(out)
+        x = self.lower[0][:count] if self.layer else out
+        rows.take(piece.positions, x)
+        address = {"seed": s.seed, "update": piece.update, "row": piece.row}
+        if s.binarise == "threshold":
+            threshold(x)
+        elif s.binarise == "stochastic":
+            self.twins.bernoulli(x, x, site=site(Purpose.BINARISATION), **address)
+        for layer in range(self.layer):
+            y = self.lower[layer + 1][:count] if layer + 1 < self.layer else out
+            rbm = self.dbn.layers[layer]
+            if s.up == "sample":
+                self.twins.half_step(y, None, x, rbm.W, rbm.c, site=site(Purpose.UP, layer), **address)
+            else:
+                self.twins.half_step(None, y, x, rbm.W, rbm.c)
+            x = y
+
+    def _fill(self, rows: Rows, piece: Piece) -> tuple[Array, Array]:
+        count = len(piece.positions)
+        if count:
+            self._visible(self.contrast.v[:count], rows, piece)
+        return self.contrast.fill(count, update=piece.update, row=piece.row, chains=piece.chains,
+                                  chain_row=piece.chain_row)
+
+    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+        """``out`` (size,) <- the sums of ``cd_sums`` over one piece of a batch, W, b, c end to end."""
+        v, h = self._fill(rows, piece)
+        n, m = self.rbm.n, self.rbm.m
+        dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n :]
+        self.twins.cd_sums(dW, db, dc, v, h, len(piece.positions), model_weight=piece.model_weight)
+
+    def step(self, sums: Array, count: int) -> None:
+        """One momentum step with sums over ``count`` rows."""
+        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.m, scale=1 / count,
+                                 rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
+
+    def update(self, rows: Rows, piece: Piece) -> None:
+        """``sums`` and ``step`` in one: a single kernel on a GPU."""
+        v, h = self._fill(rows, piece)
+        self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.m, v, h,
+                             len(piece.positions), model_weight=piece.model_weight, rate=self.rate,
+                             momentum=self.momentum, decay=self.settings.decay)
+
+    def _inputs(self, rows: Rows, positions: np.ndarray) -> Array:
+        """Mean-field visible units of this layer for evaluation: no draws. Array (B, n)."""
+        x = self.dbn.xp.empty((len(positions), self.dbn.sizes[0]), np.float32)
+        rows.take(positions, x)
+        return self.dbn.transform(x, self.layer)
+
+    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+        """Sums over the rows of the free energy, and of |v - reconstruction|^2, both mean-field; nats, units."""
+        v = self._inputs(rows, positions)
+        difference = self.rbm.reconstruct(v) - v
+        return [self.rbm.free_energy(v).sum(dtype=np.float64), (difference * difference).sum(dtype=np.float64)]
+
+    def visible_means(self, rows: Rows, at_most: int = 10_000, at_once: int = 500) -> Array:
+        """Means of the visible units over the first rows of the data: for the initial biases. Array (n,)."""
+        count = min(len(rows), at_most)
+        total = sum(self._inputs(rows, np.arange(lo, min(lo + at_once, count))).sum(axis=0, dtype=np.float64)
+                    for lo in range(0, count, at_once))
+        return (total / count).astype(np.float32)
+
+    def initialise(self, rows: Rows) -> None:
+        """Initial parameters: small weights, visible biases from the data. The same on every replica."""
+        self.rbm.initialise(sd=self.settings.initial_weights, seed=self.settings.seed, layer=self.layer,
+                            visible_means=self.visible_means(rows))

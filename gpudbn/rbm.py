@@ -1,0 +1,258 @@
+"""One restricted Boltzmann machine: energies, conditionals, Gibbs chains, and the CD-k and PCD statistics.
+
+Written once for NumPy and CuPy: the array decides. Notation as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from gpudbn.arrays import Array, module_of
+from gpudbn.draws import Purpose, normals, site
+from gpudbn.parameters import Parameters, rbm_shapes
+from gpudbn.twins import twins_of
+
+
+class RBM:
+    """A Bernoulli restricted Boltzmann machine with n visible and m hidden units.
+
+    Parameters
+    ----------
+    n, m : int
+        Visible and hidden units.
+    xp : module
+        ``numpy`` or ``cupy``: where the parameters live.
+
+    Attributes
+    ----------
+    parameters : Parameters
+        W (n, m), b (n,), c (m,), float32, in one flat buffer; all zero at first.
+    """
+
+    def __init__(self, n: int, m: int, xp: ModuleType = np, parameters: Parameters | None = None) -> None:
+        self.n, self.m = n, m
+        self.parameters = parameters or Parameters(rbm_shapes(n, m), xp)
+
+    @property
+    def W(self) -> Array:  # noqa: N802 - the papers' letter
+        """Weights (n, m)."""
+        return self.parameters["W"]
+
+    @property
+    def b(self) -> Array:
+        """Visible biases (n,)."""
+        return self.parameters["b"]
+
+    @property
+    def c(self) -> Array:
+        """Hidden biases (m,)."""
+        return self.parameters["c"]
+
+    def initialise(self, *, sd: float, seed: int, layer: int = 0, visible_means: Array | None = None) -> None:
+        """W ~ N(0, sd^2), c = 0, b_i = log(p_i / (1 - p_i)) with p the means of the training rows.
+
+        The means (n,) are kept away from 0 and 1 by 1/1000, so that a constant unit gets a strong, finite bias.
+        Hinton (2012), section 8.
+        """
+        xp = module_of(self.W)
+        W = normals(np.empty((self.n, self.m), np.float32), seed=seed, update=0, site=site(Purpose.INITIALISATION, layer))
+        self.W[...] = xp.asarray(W) * np.float32(sd)
+        self.c[...] = 0
+        self.b[...] = 0
+        if visible_means is not None:
+            p = xp.clip(xp.asarray(visible_means), 1e-3, 1 - 1e-3)
+            self.b[...] = xp.log(p / (1 - p))
+
+    def energy(self, v: Array, h: Array) -> Array:
+        """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
+        return -(v @ self.b) - h @ self.c - ((v @ self.W) * h).sum(axis=1)
+
+    def free_energy(self, v: Array) -> Array:
+        """F(v) = -b.v - sum_j log(1 + exp(c_j + (v W)_j)) for each row. Array (B, n) -> (B,), nats.
+
+        -F(v) is log p(v) up to log Z; for real-valued v it is that of the row taken as it is.
+        """
+        xp = module_of(v, self.W)
+        return -(v @ self.b) - xp.logaddexp(np.float32(0), v @ self.W + self.c).sum(axis=1)
+
+    def hidden_given_visible(self, v: Array) -> Array:
+        """P(h_j = 1 | v). Array (B, n) -> (B, m)."""
+        mean = module_of(v).empty((len(v), self.m), np.float32)
+        twins_of(v, self.W).half_step(None, mean, v, self.W, self.c)
+        return mean
+
+    def visible_given_hidden(self, h: Array) -> Array:
+        """P(v_i = 1 | h). Array (B, m) -> (B, n)."""
+        mean = module_of(h).empty((len(h), self.n), np.float32)
+        twins_of(h, self.W).half_step(None, mean, h, self.W, self.b, transpose=True)
+        return mean
+
+    def sample_hidden(self, v: Array, **address: int) -> Array:
+        """h ~ P(h | v). Array (B, n) -> (B, m) of 0 and 1; ``address`` of the draws as in ``draws``."""
+        h = module_of(v).empty((len(v), self.m), np.float32)
+        twins_of(v, self.W).half_step(h, None, v, self.W, self.c, **address)
+        return h
+
+    def sample_visible(self, h: Array, **address: int) -> Array:
+        """v ~ P(v | h). Array (B, m) -> (B, n) of 0 and 1."""
+        v = module_of(h).empty((len(h), self.n), np.float32)
+        twins_of(h, self.W).half_step(v, None, h, self.W, self.b, transpose=True, **address)
+        return v
+
+    def gibbs(self, v: Array, steps: int, *, seed: int, layer: int = 0, row: int = 0, first: int = 0) -> Iterator[Array]:
+        """The visible states after each of ``steps`` full Gibbs steps from v.
+
+        Parameters
+        ----------
+        v : array (B, n), float32
+            Where the chains start. Not modified.
+        steps : int
+        seed, layer, row : int
+            Address of the draws; ``row`` is the number of the first chain.
+        first : int
+            The number of the first step, which stands in the place of the update.
+
+        Yields
+        ------
+        array (B, n), float32
+            Samples of 0 and 1, a new array each step.
+        """
+        for step in range(first, first + steps):
+            h = self.sample_hidden(v, seed=seed, update=step, site=site(Purpose.SAMPLING, layer, 0), row=row)
+            v = self.sample_visible(h, seed=seed, update=step, site=site(Purpose.SAMPLING, layer, 1), row=row)
+            yield v
+
+    def reconstruct(self, v: Array) -> Array:
+        """P(v' | P(h | v)), the mean-field reconstruction. Array (B, n) -> (B, n)."""
+        return self.visible_given_hidden(self.hidden_given_visible(v))
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Which estimate of the gradient: the defaults follow the talk's Algorithm 1 with CD-1.
+
+    Attributes
+    ----------
+    method : 'cd' or 'pcd'
+        Chains that start at the data in every update, or persist (Tieleman 2008).
+    k : int
+        Gibbs steps an update.
+    data_hidden, last_hidden, reconstruction : 'sample' or 'mean'
+        Hidden units of the data term; hidden units after the last step; visible units of the steps.
+    """
+
+    method: str = "cd"
+    k: int = 1
+    data_hidden: str = "sample"
+    last_hidden: str = "mean"
+    reconstruction: str = "sample"
+
+
+class Contrast:
+    """The buffers of one CD-k or PCD update, allocated once, and what fills them.
+
+    ``v`` and ``h`` hold the data phase in their first rows and the model phase behind it, so that
+    both gradient products are one (``reference.cd_sums``).
+
+    Parameters
+    ----------
+    rbm : RBM
+    rows : int
+        The most data rows an update may bring.
+    chains : array (C, m), float32, or None
+        PCD: hidden states of the persistent chains. Modified by each update.
+    """
+
+    def __init__(self, rbm: RBM, rows: int, estimator: Estimator, *, seed: int, layer: int, chains: Array | None) -> None:
+        xp = module_of(rbm.W)
+        model_rows = rows if chains is None else len(chains)
+        self.rbm, self.estimator, self.seed, self.layer, self.chains = rbm, estimator, seed, layer, chains
+        self.v = xp.empty((rows + model_rows, rbm.n), np.float32)
+        self.h = xp.empty((rows + model_rows, rbm.m), np.float32)
+        self.twins = twins_of(self.v)
+
+    def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0), chain_row: int = 0) -> tuple[Array, Array]:
+        """Run the data phase on ``v[:rows]`` and the k Gibbs steps of the model phase.
+
+        Parameters
+        ----------
+        rows : int
+            Data rows; the caller has put them in ``self.v[:rows]``.
+        update, row : int
+            Address of the draws: the number of the update, the position of the first row in the global batch.
+        chains : slice
+            PCD: which of ``self.chains`` go along with these rows.
+        chain_row : int
+            PCD: the number of the first of them, for the draws' address.
+
+        Returns
+        -------
+        v, h : arrays (rows + C, n), (rows + C, m)
+            Views: what ``cd_sums`` wants.
+        """
+        moving = None if self.chains is None else self.chains[chains]
+        end = rows + (rows if moving is None else len(moving))
+        v, h = self.v[:end], self.h[:end]
+        if rows:
+            self._data_phase(v, h, rows, update, row)
+        if moving is not None:
+            self._pcd(v[rows:], moving, h[rows:], update, chain_row)
+        elif rows:
+            self._cd(v[rows:], h[:rows], h[rows:], update, row)
+        return v, h
+
+    def _data_phase(self, v: Array, h: Array, rows: int, update: int, row: int) -> None:
+        rbm, e = self.rbm, self.estimator
+        address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 0), "row": row}
+        if e.data_hidden == "sample":
+            self.twins.half_step(h[:rows], None, v[:rows], rbm.W, rbm.c, **address)
+        elif self.chains is None:  # the chains need a sample all the same: it waits in the model rows
+            self.twins.half_step(h[rows:], h[:rows], v[:rows], rbm.W, rbm.c, **address)
+        else:
+            self.twins.half_step(None, h[:rows], v[:rows], rbm.W, rbm.c)
+
+    def _cd(self, v: Array, h0: Array, h: Array, update: int, row: int) -> None:
+        rbm, e = self.rbm, self.estimator
+        start = h0 if e.data_hidden == "sample" else h
+        for step in range(e.k):
+            self._visible(v, start, update, row, Purpose.CD, 2 * step + 1)
+            address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 2 * step + 2), "row": row}
+            if step < e.k - 1 or e.last_hidden == "sample":
+                self.twins.half_step(h, None, v, rbm.W, rbm.c, **address)
+            else:
+                self.twins.half_step(None, h, v, rbm.W, rbm.c)
+            start = h
+
+    def _pcd(self, v: Array, chains: Array, h: Array, update: int, row: int) -> None:
+        rbm, e = self.rbm, self.estimator
+        for step in range(e.k):
+            self._visible(v, chains, update, row, Purpose.CHAIN, 2 * step + 1)
+            address = {"seed": self.seed, "update": update, "site": site(Purpose.CHAIN, self.layer, 2 * step + 2),
+                       "row": row}
+            last = step == e.k - 1
+            self.twins.half_step(chains, h if last else None, v, rbm.W, rbm.c, **address)
+        if e.last_hidden == "sample":
+            h[...] = chains
+
+    def _visible(self, v: Array, h: Array, update: int, row: int, purpose: Purpose, half_step: int) -> None:
+        rbm = self.rbm
+        if self.estimator.reconstruction == "mean":
+            self.twins.half_step(None, v, h, rbm.W, rbm.b, transpose=True)
+        else:
+            self.twins.half_step(v, None, h, rbm.W, rbm.b, transpose=True, seed=self.seed, update=update,
+                                 site=site(purpose, self.layer, half_step), row=row)
+
+
+def new_chains(count: int, m: int, *, seed: int, layer: int, row: int = 0) -> np.ndarray:
+    """Hidden states of ``count`` persistent chains: fair coins, the exact distribution while W = c = 0.
+
+    Array (count, m), float32, on the CPU.
+    """
+    from gpudbn.reference import bernoulli
+
+    chains = np.full((count, m), 0.5, np.float32)
+    return bernoulli(chains, chains, seed=seed, update=0, site=site(Purpose.CHAIN, layer, 0), row=row)

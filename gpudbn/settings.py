@@ -1,0 +1,305 @@
+"""Every setting of a run: its name, default, range and help, once.
+
+The same names serve the command line (``--learning-rate 0.1``), a TOML file (``learning-rate =
+0.1``) and Python (``Settings(learning_rate=0.1)``). Sizes are totals over all replicas of a
+synchronous run. Imports neither NumPy nor MPI, so that the command line can be read before the
+number of BLAS threads is fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from gpudbn.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]
+AT_LEAST_0: Rule = (lambda x: x >= 0, "be at least 0")
+AT_LEAST_1: Rule = (lambda x: x >= 1, "be at least 1")
+POSITIVE: Rule = (lambda x: 0 < x < float("inf"), "be above 0")
+BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
+SEED: Rule = (lambda x: 0 <= x < 1 << 64, "lie in [0, 2**64)")
+
+
+def option(default: Any, text: str, *, group: str, rule: Rule | None = None, choices: Sequence[str] = (),
+           metavar: str | None = None) -> Any:
+    """A field of Settings with what the command line needs to know of it."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "rule": rule,
+                                                        "choices": tuple(choices), "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of one run; checked on construction.
+
+    Raises
+    ------
+    UserError
+        If a value is outside its range or does not fit another.
+    """
+
+    data: str = option("digits", "digits (8x8, built in), mnist (downloaded once), a folder of IDX files, FILE.npz or "
+                       "FILE.npy", group="data")
+    labels: str | None = option(None, "labels for --data FILE.npy", group="data", metavar="FILE.npy")
+    validation: float | None = option(None, "validation rows cut from the training data: a count, or a fraction below "
+                                      "1 (default: about a sixth)", group="data", rule=AT_LEAST_0, metavar="ROWS")
+    test: float | None = option(None, "test rows, where the data have no test part of their own: as --validation",
+                                group="data", rule=AT_LEAST_0, metavar="ROWS")
+    binarise: str = option("none", "real values in [0, 1]: none takes them as probabilities, threshold cuts at 1/2, "
+                           "stochastic draws them anew each time a row is used", group="data",
+                           choices=("none", "threshold", "stochastic"))
+
+    layers: tuple[int, ...] = option((200, 200, 500), "hidden units of each layer, from the data up",
+                                     group="network", rule=AT_LEAST_1, metavar="M")
+    initial_weights: float = option(0.01, "standard deviation of the initial weights", group="network",
+                                    rule=AT_LEAST_0, metavar="SD")
+
+    method: str = option("cd", "negative phase: contrastive divergence, or persistent chains", group="pretraining",
+                         choices=("cd", "pcd"))
+    k: int = option(1, "Gibbs steps an update", group="pretraining", rule=AT_LEAST_1)
+    epochs: tuple[int, ...] = option((30,), "passes over the data for each layer: one number, or one a layer",
+                                     group="pretraining", rule=AT_LEAST_0, metavar="N")
+    batch: int = option(20, "rows an update; of each replica in --mode async, of all together otherwise",
+                        group="pretraining", rule=AT_LEAST_1, metavar="ROWS")
+    learning_rate: tuple[float, ...] = option((0.1,), "step size: one number, or one a layer", group="pretraining",
+                                              rule=POSITIVE, metavar="RATE")
+    schedule: str = option("linear", "how the rate falls over the epochs of a layer", group="pretraining",
+                           choices=("constant", "linear", "exponential", "cosine"))
+    learning_rate_end: float = option(0.1, "rate of the last epoch as a fraction of the first", group="pretraining",
+                                      rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="FRACTION")
+    momentum: tuple[float, ...] = option((0.5, 0.9), "momentum: one number, or the one to begin with and the one "
+                                         "after --momentum-epochs", group="pretraining", rule=BELOW_1, metavar="MU")
+    momentum_epochs: int = option(5, "epochs with the first momentum", group="pretraining", rule=AT_LEAST_0,
+                                  metavar="N")
+    decay: float = option(2e-4, "L2 decay of the weights (times the learning rate)", group="pretraining",
+                          rule=AT_LEAST_0)
+    patience: int = option(0, "end a layer after this many epochs without progress of the reconstruction of held-out "
+                           "rows (0: never)", group="pretraining", rule=AT_LEAST_0, metavar="N")
+    data_hidden: str = option("sample", "hidden units of the data phase in the gradient", group="estimator",
+                              choices=("sample", "mean"))
+    last_hidden: str = option("mean", "hidden units after the last Gibbs step in the gradient", group="estimator",
+                              choices=("sample", "mean"))
+    reconstruction: str = option("sample", "visible units of the Gibbs steps", group="estimator",
+                                 choices=("sample", "mean"))
+    up: str = option("sample", "what the layer above is trained on", group="estimator", choices=("sample", "mean"))
+
+    finetune_data: str | None = option(None, "other labelled data for fine-tuning (default: those of --data)",
+                                       group="fine-tuning", metavar="DATA")
+    finetune_epochs: int = option(40, "passes over the labelled data (0: pretraining only)", group="fine-tuning",
+                                  rule=AT_LEAST_0, metavar="N")
+    finetune_batch: int | None = option(None, "rows an update (default: --batch)", group="fine-tuning",
+                                        rule=AT_LEAST_1, metavar="ROWS")
+    optimiser: str = option("adam", "step rule of fine-tuning", group="fine-tuning", choices=("adam", "sgd"))
+    finetune_learning_rate: float = option(0.001, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
+                                           metavar="RATE")
+    finetune_schedule: str = option("cosine", "how that rate falls over the epochs", group="fine-tuning",
+                                    choices=("constant", "linear", "exponential", "cosine"))
+    finetune_learning_rate_end: float = option(0.01, "rate of the last epoch as a fraction of the first",
+                                               group="fine-tuning", metavar="FRACTION",
+                                               rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"))
+    finetune_momentum: float = option(0.9, "momentum of --optimiser sgd", group="fine-tuning", rule=BELOW_1,
+                                      metavar="MU")
+    finetune_decay: float = option(0.0, "L2 decay of the weights (times the learning rate)", group="fine-tuning",
+                                   rule=AT_LEAST_0, metavar="DECAY")
+    dropout: float = option(0.2, "fraction of hidden units left out in each fine-tuning update", group="fine-tuning",
+                            rule=BELOW_1, metavar="P")
+    input_dropout: float = option(0.0, "fraction of visible units left out", group="fine-tuning", rule=BELOW_1,
+                                  metavar="P")
+    finetune_patience: int = option(20, "end after this many epochs without progress on the validation rows, whose "
+                                    "best epoch is kept (0: take the last epoch)", group="fine-tuning",
+                                    rule=AT_LEAST_0, metavar="N")
+
+    seed: int = option(1, "number behind every random draw", group="run", rule=SEED)
+    device: str = option("auto", "where to compute", group="run", choices=("auto", "cpu", "gpu"))
+    threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "
+                                 "ranks)", group="run", rule=AT_LEAST_1, metavar="N")
+    checkpoint_seconds: float = option(5.0, "a checkpoint is written at the end of an epoch when the last one is this old",
+                                       group="run", rule=AT_LEAST_0, metavar="SECONDS")
+    plots: str = option("on", "pictures in the run folder", group="run", choices=("on", "off"))
+
+    mode: str = option("async", "under mpirun: async (a parameter server on rank 0, replicas on their own shards of "
+                       "the data) or sync (all ranks are replicas on slices of every batch)", group="distribution",
+                       choices=("async", "sync"))
+    n_push: int = option(4, "async: updates between two pushes", group="distribution", rule=AT_LEAST_1, metavar="N")
+    n_fetch: int = option(4, "async: updates between two fetches, a multiple of --n-push", group="distribution",
+                          rule=AT_LEAST_1, metavar="N")
+    order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
+                        "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
+                        choices=("fast", "fixed"))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name in ("epochs", "learning_rate"):
+            if len(getattr(self, name)) not in (1, len(self.layers)):
+                raise UserError(f"{flag(name)}: must be one number, or one for each of the {len(self.layers)} layers; "
+                                f"got {len(getattr(self, name))}")
+        if len(self.momentum) > 2:
+            raise UserError(f"--momentum: must be one number or two; got {len(self.momentum)}")
+        if self.n_fetch % self.n_push:
+            raise UserError(f"--n-fetch: must be a multiple of --n-push {self.n_push}; got {self.n_fetch}")
+        if len(self.layers) > 255:
+            raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
+
+    def of_layer(self, name: str, layer: int) -> Any:
+        """The value for one layer of a setting that has one number, or one a layer."""
+        values = getattr(self, name)
+        return values[layer] if len(values) > 1 else values[0]
+
+    def to_toml(self) -> str:
+        """All settings as a TOML document with comments; None is left out."""
+        lines, group = [], None
+        for field in dataclasses.fields(self):
+            if field.metadata["group"] != group:
+                group = field.metadata["group"]
+                lines += ["", f"# {group}"]
+            value = getattr(self, field.name)
+            if value is not None:
+                lines.append(f"{flag(field.name)[2:]} = {json.dumps(value)}")
+        return "\n".join(lines[1:]) + "\n"
+
+
+HINTS = get_type_hints(Settings)
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+# what names the run itself, and so stands only on the command line
+RUN_OPTIONS = {
+    "out": ("RUN", "folder for settings, metrics, checkpoints, model and pictures (default: a new one under runs/)"),
+    "resume": ("RUN", "go on with an interrupted run, with its own settings"),
+    "config": ("FILE", "settings from a TOML file, by the same names; the command line goes before it"),
+}
+# what may differ when a run is resumed: none of it changes what is computed
+RESUMABLE = ("device", "threads", "plots", "checkpoint_seconds")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _plain_type(name: str) -> tuple[type, bool, bool]:
+    """(type of one value, is a list, may be None)."""
+    hint = HINTS[name]
+    optional = get_origin(hint) in (types.UnionType, typing.Union)
+    if optional:
+        hint = next(t for t in get_args(hint) if t is not type(None))
+    many = get_origin(hint) is tuple
+    return (get_args(hint)[0] if many else hint), many, optional
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value with its exact type, or a UserError that names setting, rule and value."""
+    kind, many, optional = _plain_type(field.name)
+    if value is None and optional:
+        return None
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if many and not values:
+        raise UserError(f"{flag(field.name)}: must have at least one number; got none")
+    if not many and len(values) != 1:
+        raise UserError(f"{flag(field.name)}: must be one value; got {len(values)}")
+    result = []
+    for item in values:
+        good = isinstance(item, (int, float)) if kind is float else isinstance(item, kind)
+        if not good or isinstance(item, bool) or item != item:
+            word = {int: "a whole number", float: "a number", str: "text"}[kind]
+            raise UserError(f"{flag(field.name)}: must be {word}; got {item!r}")
+        item = kind(item)
+        choices, rule = field.metadata["choices"], field.metadata["rule"]
+        if choices and item not in choices:
+            raise UserError(f"{flag(field.name)}: must be one of {', '.join(choices)}; got {item}.{_nearest(item, choices)}")
+        if rule and not rule[0](item):
+            raise UserError(f"{flag(field.name)}: must {rule[1]}; got {item}")
+        result.append(item)
+    return tuple(result) if many else result[0]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(word), known, 1, 0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def from_toml(path: str | Path) -> dict[str, Any]:
+    """The settings of a TOML file, as keyword arguments for Settings; unknown names are refused."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: must be a file that can be read; got {path} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: must be TOML; got {error}") from None
+    known = [flag(name)[2:] for name in FIELDS]
+    for name in table:
+        if name not in known:
+            raise UserError(f"{path}: must hold settings only; got {name}.{_nearest(name, known)}")
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, with the nearest right name."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message}. See --help")
+
+
+def command_line(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser for every field of Settings and the run's own options."""
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind, many, _ = _plain_type(name)
+        shown = " ".join(map(str, field.default)) if many else field.default
+        text = field.metadata["help"] + ("" if field.default is None else f" (default: {shown})")
+        word = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else (
+            field.metadata["metavar"] or {int: "N", float: "X", str: "TEXT"}[kind])
+        groups[group].add_argument(flag(name), dest=name, nargs="+" if many else None, default=None, metavar=word,
+                                   type=_reader(kind), help=text.replace("%", "%%"))
+    for name, (word, text) in RUN_OPTIONS.items():
+        groups["run"].add_argument(flag(name), metavar=word, help=text)
+    return parser
+
+
+def _reader(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return int(text) if kind is int else float(text) if kind is float else text
+        except ValueError:
+            return text  # refused with our own words by Settings
+    return read
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments; an unknown option is refused with the nearest right one."""
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [s for action in parser._actions for s in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"{parser.prog}: must be given options it knows; got {name}.{_nearest(name, known)}")
+    return found
+
+
+def settings_of(found: argparse.Namespace) -> Settings:
+    """Settings from ``--resume``'s own file, or from defaults, then ``--config``, then the command line."""
+    given = {name: getattr(found, name) for name in FIELDS if getattr(found, name) is not None}
+    if found.resume:
+        fixed = [name for name in given if name not in RESUMABLE]
+        for name in (n for n in ("out", "config") if getattr(found, n)):
+            fixed.append(name)
+        if fixed:
+            raise UserError(f"--resume: must stand without {flag(fixed[0])}, the run has its own settings; only "
+                            f"{', '.join(flag(n) for n in RESUMABLE)} may differ")
+        file = Path(found.resume) / "settings.toml"
+        if not file.is_file():
+            raise UserError(f"--resume: must be a run folder; got {found.resume}, which has no settings.toml")
+        return Settings(**{**from_toml(file), **given})
+    return Settings(**{**(from_toml(found.config) if found.config else {}), **given})

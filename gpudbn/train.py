@@ -1,0 +1,303 @@
+"""``python -m gpudbn.train``: train a deep belief network, alone or under ``mpirun``.
+
+Thin: reads the command line, fixes the BLAS threads before NumPy loads, joins the other ranks,
+runs ``loop.Training`` and writes what it yields into a run folder.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gpudbn import __version__
+from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.mpi import launch
+from gpudbn.settings import Settings, command_line, parse, settings_of
+
+if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
+    from gpudbn.data import DataSet
+    from gpudbn.dbn import DBN
+    from gpudbn.loop import Training
+    from gpudbn.mpi.alone import Exchange
+    from gpudbn.runs import Run
+
+DESCRIPTION = """\
+Train a deep belief network: restricted Boltzmann machines layer by layer, then, with labels, the
+whole network by back-propagation. Without arguments: the built-in digits, in under a minute."""
+
+EPILOG = """\
+examples:
+  python -m gpudbn.train                                        the built-in 8x8 digits
+  mpirun -n 3 python -m gpudbn.train                            a parameter server and two replicas
+  mpirun -n 4 python -m gpudbn.train --mode sync --order fixed  the same bits as alone
+  python -m gpudbn.train --data mnist --layers 500 500 2000     MNIST, downloaded once
+  python -m gpudbn.train --data images.npz --method pcd --k 5 --finetune-epochs 0
+  python -m gpudbn.train --resume runs/digits-20260101-120000   go on after an interrupt
+
+exit codes: 0 done, 2 a mistake in what was asked (one line says which), 3 parameters became NaN or
+infinite, 130 interrupted (resumable), 1 a fault of gpudbn"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = command_line("python -m gpudbn.train", DESCRIPTION, EPILOG)
+    world = launch.world()
+    try:
+        found = parse(parser, arguments)
+        settings = settings_of(found)
+    except UserError as error:
+        if world is None or world.rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    ranks = world.size if world else 1
+    serving = ranks > 1 and settings.mode == "async"
+    if "numpy" not in sys.modules:  # a program that calls main() has made its own choice
+        # a fixed order of sums includes those inside BLAS, which depend on the number of threads
+        threads = 1 if settings.order == "fixed" else settings.threads
+        sharing = world.local_size - (serving and world.rank == world.local_rank) if world else 1
+        launch.limit_threads(threads, sharing)
+    from gpudbn.mpi.wire import guarded
+
+    return guarded(lambda: train(settings, out=found.out, resume=found.resume))
+
+
+def train(settings: Settings, *, out: str | None = None, resume: str | None = None) -> int:
+    """Train as the settings say; on the server's rank, serve. Returns the exit code."""
+    from gpudbn.data import load
+    from gpudbn.mpi import connect
+
+    world = launch.world()
+    ranks = world.size if world else 1
+    asynchronous = ranks > 1 and settings.mode == "async"
+    if asynchronous and settings.order == "fixed":
+        raise UserError("--order: must be fast with --mode async, whose replicas arrive in no fixed order; got fixed. "
+                        "Use --mode sync")
+    wanted = settings.finetune_epochs > 0 and settings.finetune_data is None
+    data = load(settings.data, labels=settings.labels, validation=settings.validation, test=settings.test,
+                seed=settings.seed, need_labels=wanted)
+    labelled = load(settings.finetune_data, validation=settings.validation, test=settings.test,
+                    seed=settings.seed) if settings.finetune_data and settings.finetune_epochs else None
+    if labelled is not None and labelled.train.n != data.train.n:
+        raise UserError(f"--finetune-data: must have the {data.train.n} columns of --data; got {labelled.train.n}")
+    exchange = connect(settings.mode if ranks > 1 else "sync", _largest(settings, data, labelled))
+    if not hasattr(exchange, "exchange"):
+        exchange.serve()
+        return 0
+    return _replica(settings, data, labelled, exchange, out, resume)
+
+
+def _largest(settings: Settings, data: DataSet, labelled: DataSet | None) -> int:
+    """Entries of the largest parameter vector of the run."""
+    sizes = [data.train.n, *settings.layers]
+    layers = [n * m + n + m for n, m in zip(sizes[:-1], sizes[1:], strict=True)]
+    classes = (labelled or data).classes
+    network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
+    return max([*layers, network])
+
+
+def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchange: Exchange, out: str | None,
+             resume: str | None) -> int:
+    """What every replica does; the chief also prints and writes."""
+    import numpy as np
+
+    from gpudbn.arrays import choose_module
+    from gpudbn.dbn import DBN
+    from gpudbn.loop import Training
+    from gpudbn.runs import Run
+
+    def together(action: Any) -> Any:
+        """The action's result; a UserError of one replica ends all, with one line."""
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        exchange.agree(problem)
+        return result
+
+    xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
+    dbn = DBN([data.train.n, *settings.layers], xp)
+    dbn.about |= {"binarise": settings.binarise, "image_shape": data.image_shape, "data": data.name}
+    sets = [None if s is None else replace(s, train=s.train.to(xp), validation=s.validation.to(xp), test=s.test.to(xp))
+            for s in (data, labelled)]
+    show = _Show(settings, exchange)
+    training = together(lambda: Training(dbn, sets[0], settings, exchange, labelled=sets[1], progress=show.progress))
+    run: Run | None = None
+    if resume:
+        folder = together(lambda: Run.open(resume))
+        arrays, meta = together(folder.load_checkpoint)
+        together(lambda: training.restore(arrays, meta))
+        if exchange.chief:
+            folder.rewind(meta)
+            run = folder
+    else:
+        path = out or Run.default_path(settings.data)
+        run = together(lambda: Run.create(path, settings.to_toml()) if exchange.chief else None)
+    show.beginning(dbn, data, labelled, place, run)
+
+    if exchange.replicas == 1:
+        _interruptible(training)
+    saver = _Saver(training, exchange, run, settings.checkpoint_seconds)
+    last: dict[str, Any] = {}
+    try:
+        saver.save()
+        for record in training.run():
+            last = record
+            if run is not None:
+                run.record(**record)
+            show.record(record, training)
+            saver.save_if_due()
+        saver.save()
+    except (KeyboardInterrupt, NonFiniteError):
+        if run is not None:
+            show.say(f"go on from the last checkpoint: {show.launch} --resume {run.path}")
+        raise
+    if training.interrupt and training.index < training.phases:
+        assert run is not None
+        show.say(f"interrupted; everything is saved. Go on with: {show.launch} --resume {run.path}")
+        return 130
+    if run is not None:
+        run.save_model(dbn.arrays(), dbn.about_file())
+        record_report = {"phase": "report", **exchange.report()}
+        run.record(**record_report)
+        pictures = _draw(run, dbn, labelled or data, np) if settings.plots == "on" else []
+        show.ending(run, last, pictures, labelled or data)
+    exchange.close()
+    return 0
+
+
+def _interruptible(training: Training) -> None:
+    """The first Ctrl-C ends the run after the current turn, a second one at once."""
+    def stop(number: int, frame: Any) -> None:  # noqa: ARG001
+        training.interrupt = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGINT, stop)
+
+
+class _Saver:
+    """Checkpoints at the ends of epochs, when the last one is old enough; the replicas decide together."""
+
+    def __init__(self, training: Training, exchange: Exchange, run: Run | None, seconds: float) -> None:
+        self.training, self.exchange, self.run, self.seconds = training, exchange, run, seconds
+        self.last = time.monotonic()
+
+    def save(self) -> None:
+        state = self.training.state()
+        if self.run is not None and state is not None:
+            self.run.save_checkpoint(*state)
+        self.last = time.monotonic()
+
+    def save_if_due(self) -> None:
+        if self.exchange.any(self.exchange.chief and time.monotonic() - self.last >= self.seconds):
+            self.save()
+
+
+class _Show:
+    """What the chief prints: one line an epoch, and a progress bar on a terminal."""
+
+    def __init__(self, settings: Settings, exchange: Exchange) -> None:
+        self.settings, self.exchange = settings, exchange
+        self.bar = exchange.chief and sys.stdout.isatty()
+        world = launch.world()
+        self.launch = (f"mpirun -n {world.size} " if world else "") + "python -m gpudbn.train"
+        self.label, self.drawn = "", 0.0
+
+    def say(self, text: str = "") -> None:
+        if self.exchange.chief:
+            print(("\r\x1b[K" if self.bar else "") + text, flush=True)
+
+    def progress(self, done: int, total: int) -> None:
+        if self.bar and (time.monotonic() - self.drawn > 0.1 or done == total):
+            self.drawn = time.monotonic()
+            filled = 30 * done // total
+            print(f"\r\x1b[K{self.label} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end="", flush=True)
+
+    def beginning(self, dbn: DBN, data: DataSet, labelled: DataSet | None, place: str, run: Run | None) -> None:
+        if run is None:
+            return
+        e, s = self.exchange, self.settings
+        how = "one process" if e.replicas == 1 else f"{e.replicas} {s.mode}hronous replicas" + (
+            " around a parameter server" if s.mode == "async" else "")
+        self.say(f"gpudbn {__version__}")
+        self.say(f"network  {dbn.describe()}")
+        self.say(f"data     {data.describe()}")
+        if labelled is not None:
+            self.say(f"         fine-tuned on {labelled.describe()}")
+        self.say(f"compute  {place}; {how}")
+        self.say(f"run      {run.path}")
+
+    def record(self, r: dict[str, Any], training: Training) -> None:
+        def pair(name: str, form: str) -> str:
+            values = [r.get(f"{name}_{part}") for part in ("train", "validation")]
+            return " | ".join(format(v, form) for v in values if v is not None)
+
+        s = self.settings
+        if r["phase"] == "pretrain":
+            of = s.of_layer("epochs", r["layer"] - 1)
+            self.label = f"layer {r['layer']}"
+            self.say(f"layer {r['layer']}   epoch {r['epoch']:>3}/{of}   free energy {pair('free_energy', '9.2f')}   "
+                     f"reconstruction {pair('reconstruction', '7.3f')}   {r['seconds']:7.1f} s")
+        elif r["phase"] == "finetune":
+            self.label = "finetune"
+            self.say(f"finetune  epoch {r['epoch']:>3}/{s.finetune_epochs}   loss {pair('loss', '.4f')}   "
+                     f"error {pair('error', '7.2%')}   {r['seconds']:7.1f} s")
+
+    def ending(self, run: Run, last: dict[str, Any], pictures: list[str], data: DataSet) -> None:
+        self.say()
+        if "reconstruction" in last:
+            self.say(f"test reconstruction: {last['reconstruction']:.3f} per row")
+        self.say(f"everything is in {run.path}: model.safetensors, metrics.jsonl, settings.toml, checkpoint.safetensors"
+                 + (f", plots/ ({', '.join(pictures)})" if pictures else ""))
+        if last.get("error") is not None:
+            self.say(f"test error: {100 * last['error']:.2f} %  ({last['rows']:,} rows, {last['seconds']:.1f} s of training)")
+        self.say(f"try next: python -m gpudbn.sample {run.path}")
+        self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
+
+
+def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
+    """The pictures of a run; their names. Without Matplotlib none, and a line that says so."""
+    from gpudbn import plots
+    from gpudbn.arrays import to_cpu
+
+    missing = plots.available()
+    if missing:
+        print(f"no pictures: {missing}", flush=True)
+        return []
+    shape = data.image_shape
+    rows = data.test if len(data.test) else data.train
+    count = min(64, len(rows))
+    shown = np.empty((count, rows.n), np.float32)
+    rows.take(np.arange(count), shown)
+    down = None
+    names = []
+    for i, rbm in enumerate(dbn.layers):
+        W = to_cpu(rbm.W)
+        down = W if down is None else down @ W
+        names.append(f"filters-{i + 1}")
+        plots.filters(run.plot(names[-1]), down, shape, f"Layer {i + 1}: what its hidden units respond to")
+    plots.samples(run.plot("samples"), to_cpu(dbn.sample(count, steps=200, start=shown)), shown, shape,
+                  "Samples: 200 Gibbs steps in the top layer, from the data")
+    plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(dbn.reconstruct(shown[:20])), shape)
+    plots.curves(run.plot("curves"), run.records())
+    names += ["samples", "reconstructions", "curves"]
+    if dbn.classifier is not None and rows.labels is not None:
+        predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
+        plots.confusion(run.plot("confusion"), rows.take_labels(np.arange(len(rows))), predicted, data.classes)
+        names.append("confusion")
+    return names
+
+
+def _block(rows: Any, start: int, np: Any) -> Any:
+    positions = np.arange(start, min(start + 1000, len(rows)))
+    out = np.empty((len(positions), rows.n), np.float32)
+    rows.take(positions, out)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

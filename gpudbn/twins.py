@@ -1,0 +1,15 @@
+"""The one place that chooses between the twins: ``reference`` for NumPy arrays, ``cuda`` for CuPy's."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+
+from gpudbn import cuda, reference
+from gpudbn.arrays import Array, module_of
+
+
+def twins_of(*arrays: Array) -> ModuleType:
+    """The module whose functions work on these arrays; the two have the same names and signatures."""
+    return reference if module_of(*arrays) is np else cuda
