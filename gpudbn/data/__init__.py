@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gpudbn import draws
-from gpudbn.data import checks, idx
+from gpudbn.data import checks, files, idx, mnist
 from gpudbn.data.rows import DataSet, Rows
 from gpudbn.errors import UserError
 
@@ -59,7 +59,10 @@ def load(name: str | Path, *, labels: str | Path | None = None, validation: floa
     -----
     Every value is looked at once, a few MB at a time: a file larger than memory is read through before training.
     """
-    title, given, given_test, scale = _read(str(name), labels, quiet)
+    try:
+        title, given, given_test, scale = _read(str(name), labels, quiet)
+    except OSError as error:
+        raise UserError(f"{error.filename or name}: must be readable; got: {error.strerror or error}") from error
     if need_labels:
         for part in (given, given_test):
             if part is not None and part.labels is None:
@@ -99,7 +102,7 @@ def _count(what: str, asked: float | None, rows: int) -> int:
     """How many of the rows are meant by a count, a fraction, or nothing."""
     if asked is None:
         return min(10_000, round(rows / 6))
-    if isinstance(asked, bool) or not asked >= 0 or (asked >= 1 and asked != int(asked)):
+    if isinstance(asked, bool) or not 0 <= asked < 2**63 or (asked >= 1 and asked != int(asked)):
         raise UserError(f"{what}: must be a count of rows or a fraction below 1; got {asked}")
     return int(asked) if asked >= 1 else round(asked * rows)
 
@@ -114,13 +117,23 @@ def _read(name: str, labels: str | Path | None,
           quiet: bool) -> tuple[str, checks.Table, checks.Table | None, float | None]:
     """Title, training table, test table, and the scale if it is known beforehand."""
     path = Path(name).expanduser()
-    if labels is not None and path.suffix != ".npy":
-        raise UserError(f"labels: must be given only with an .npy file of rows; got {labels} with {name}")
+    if labels is not None and (name in NAMES or path.suffix != ".npy"):
+        raise UserError(f"labels: must be given only with an .npy file of rows; got {labels} with {name}. "
+                        "Other data bring their own")
     if name == "digits":
         with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
             return name, checks.Table(file["x"], file["y"], name), None, 1 / 16
+    if name == "mnist":
+        return name, *idx.read_folder(mnist.fetch(quiet=quiet)), None
     if path.is_dir():
-        return path.name, *idx.read_folder(path), None
+        return path.resolve().name, *idx.read_folder(path), None
+    if path.suffix == ".npy":
+        return path.stem, files.read_npy(path, None if labels is None else Path(labels).expanduser()), None, None
+    if path.suffix == ".npz":
+        return path.stem, *files.read_npz(path), None
+    if path.exists():
+        hint = "Give the folder it is in" if "idx" in path.name else "Save the array with numpy.save"
+        raise UserError(f"{path}: must be a folder of IDX files, or an .npz or .npy file; got another kind. {hint}")
     if path.suffix or len(path.parts) > 1:
         raise checks.missing(path)
     near = difflib.get_close_matches(name, NAMES, n=1)

@@ -18,11 +18,12 @@ CLASSES = 1 << 16
 
 
 class Table(NamedTuple):
-    """A table as a file gives it: rows (N, ...) of any dtype, labels (N, ...) or None, and its name in messages."""
+    """A table as a file gives it: rows (N, ...) of any dtype, labels (N, ...) or None, their names in messages."""
 
     array: np.ndarray
     labels: np.ndarray | None
     source: str
+    labels_source: str = ""
 
 
 class Checked(NamedTuple):
@@ -136,7 +137,7 @@ def table(given: Table, scale: float | None = None) -> Checked:
     ``scale`` if it is known, as that of test rows is from the training rows; otherwise it follows from the values.
     """
     array, image_shape = flat(given.array, given.source)
-    labels = None if given.labels is None else whole_labels(given.labels, len(array), given.source)
+    labels = None if given.labels is None else whole_labels(given.labels, len(array), given.labels_source)
     low, high = extremes(array, given.source)
     most = float(high.max())
     if scale is None:

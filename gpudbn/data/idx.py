@@ -12,10 +12,12 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
 from gpudbn.data.checks import Table, missing
+from gpudbn.data.files import SMALL, unpacked
 from gpudbn.errors import UserError
 
 _GZIP = b"\x1f\x8b"
@@ -52,18 +54,21 @@ def read(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _read_gzipped(path: Path, dimensions: int) -> np.ndarray:
-    """The same, unpacked into memory."""
+    """The same, unpacked into memory or, if it is large, into the cache folder."""
     content = bytearray()
     try:
         with gzip.open(path, "rb") as file:
             start = file.read(4 + 4 * dimensions)
             shape = _header(start, dimensions, path)
             size = math.prod(shape)
+            if size > SMALL:
+                file.seek(0)
+                return read(unpacked(path, "", cast(IO[bytes], file)), dimensions)
             # chunk by chunk: a damaged header may ask for more memory than there is
             while chunk := file.read(min(1 << 24, size + 1 - len(content))):
                 content += chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: must be a whole gzip file; got {error}. Fetch it again") from error
+        raise UserError(f"{path}: must be a whole gzip file; got: {error}. Fetch it again") from error
     if len(content) != size:
         raise _wrong_size(path, size, len(content))
     array = np.frombuffer(content, np.uint8).reshape(shape)
@@ -95,12 +100,7 @@ def read_folder(folder: Path) -> tuple[Table, Table | None]:
         if images is None:
             tables.append(None)
             continue
-        array = read(images, 3)
-        classes = None if labels is None else read(labels, 1)
-        if classes is not None and len(classes) != len(array):
-            raise UserError(f"{labels}: labels must be as many as the images in {images.name}, {len(array)}; "
-                            f"got {len(classes)}")
-        tables.append(Table(array, classes, str(images)))
+        tables.append(Table(read(images, 3), None if labels is None else read(labels, 1), str(images), str(labels)))
     train, test = tables
     if train is None:
         names = sorted(p.name for p in folder.iterdir())

@@ -49,7 +49,7 @@ class Rows:
     def _places(self, positions: np.ndarray) -> np.ndarray:
         """Rows of the base array. Out of range is refused: it would read rows of another split."""
         positions = np.asarray(positions)
-        if positions.size and (positions.min() < 0 or positions.max() >= len(self)):
+        if positions.size and positions.astype(np.uint64).max() >= len(self):  # as uint64 negative numbers are huge
             raise IndexError(f"Rows: positions must lie in [0, {len(self)}); "
                              f"got {positions.min()} to {positions.max()}")
         if self.index is None:
