@@ -26,7 +26,7 @@ from gpudbn.errors import UserError
 
 SMALL = 1 << 26  # what is compressed and unpacks to at most this many bytes is kept in memory, not in the cache folder
 _ROWS, _LABELS = ("x", "images", "data"), ("y", "labels", "target", "targets")
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 def cache_folder() -> Path:
@@ -88,9 +88,11 @@ def _header(file: IO[bytes], source: str) -> _Header:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, EOFError) as error:
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape {shape}")
+    except Exception as error:  # a header is Python text, and NumPy raises whatever parsing it raises
         raise UserError(f"{source}: must be an array as numpy.save writes it; got something else "
-                        f"({str(error).splitlines()[0]})") from error
+                        f"({' '.join(str(error).split()) or type(error).__name__})") from error
     if dtype.hasobject:
         raise UserError(f"{source}: must hold numbers; got Python objects, which are never unpickled. "
                         "Rows of different lengths?")
@@ -166,8 +168,10 @@ def read_npz(path: Path) -> tuple[Table, Table | None]:
                 source, rows = pick(_ROWS, *patterns)
                 labels_source, labels = pick(_LABELS, *patterns)
                 tables.append(None if rows is None else Table(rows, labels, source, labels_source))
+    except UserError:
+        raise
     except _UNREADABLE as error:
-        raise UserError(f"{path}: must be a whole .npz file, a zip of arrays; got {error}. "
+        raise UserError(f"{path}: must be a whole .npz file, a zip of arrays; got: {' '.join(str(error).split())}. "
                         "Write it again with numpy.savez") from error
     train, test = tables
     if train is None:
