@@ -192,10 +192,10 @@ def curves(path: Path | str, records: Sequence[Mapping[str, Any]], title: str = 
     """
     from matplotlib.figure import Figure
 
-    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        groups.setdefault((str(record.get("phase", "")), record.get("layer")), []).append(record)
-    columns = [(_name(*key), *_lines(found)) for key, found in groups.items()]
+        groups.setdefault(_name(record.get("phase"), record.get("layer")), []).append(record)
+    columns = [(name, *_lines(found)) for name, found in groups.items()]
     columns = [column for column in columns if column[3]]
     height = max((len(column[3]) for column in columns), default=1)
     with _drawing:
@@ -339,8 +339,9 @@ def _head(figure: Any, left: float, title: str, note: str | None) -> None:
 def _colour_bar(figure: Any, image: Any, place: tuple[float, float, float, float], name: str) -> None:
     """A slim scale beside the picture."""
     low, high = image.get_clim()
-    beyond = (image.get_array().min() < low) + 2 * (image.get_array().max() > high)
-    bar = figure.colorbar(image, cax=_put(figure, *place), extend=("neither", "min", "max", "both")[beyond])
+    below, above = bool((image.get_array() < low).any()), bool((image.get_array() > high).any())  # NaN is neither
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    bar = figure.colorbar(image, cax=_put(figure, *place), extend=extend)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0, colors=INK)
     bar.set_label(name, color=INK, fontsize=9)
@@ -356,22 +357,22 @@ def _draw_mosaics(path: Path | str, panels: list[tuple[str, np.ndarray]], look: 
                   for name, whole in panels]
     down, across = panels[0][1].shape
     zoom = min(max(1, WIDTH // max(down, across)), ZOOM)
-    width, height, gap = across * zoom, down * zoom, 48
+    width, height = across * zoom, down * zoom
+    pitch = max(width, 13 * len(panels[-1][0])) + 48
     top = 24 + 36 + (28 if note else 0) + (34 if panels[0][0] else 0)
-    total = 24 + len(panels) * (width + gap) - gap + (150 if scale else 24)
+    total = 24 + len(panels) * pitch - 48 + (150 if scale else 24)
     with _drawing:
         figure = _figure(max(total, _reach(24, title, note)), top + height + 24)
         _head(figure, 24, title, note)
         colours = mpl.colormaps[look["cmap"]].with_extremes(bad="#6E6E6E" if look["cmap"] == "gray" else "#D0D0D0")
         for at, (name, whole) in enumerate(panels):
-            left = 24 + at * (width + gap)
+            left = 24 + at * pitch
             axes = _put(figure, left, top, width, height)
             image = axes.imshow(whole, **{**look, "cmap": colours}, interpolation="nearest", aspect="auto")
             axes.set_axis_off()
             axes.set_title(name, loc="left", color=INK, fontsize=10, pad=6)
         if scale:
-            tall = min(height, 360)
-            _colour_bar(figure, image, (left + width + 20, top, 14, tall), scale)
+            _colour_bar(figure, image, (left + width + 20, top, 14, min(height, 360)), scale)
         _save(figure, path)
 
 
@@ -403,8 +404,9 @@ def _draw_heat_maps(path: Path | str, panels: list[tuple[str, np.ndarray]], look
         _save(figure, path)
 
 
-def _name(phase: str, layer: Any) -> str:
+def _name(phase: Any, layer: Any) -> str:
     """What a column of the curves is about."""
+    phase = str(phase or "")
     if layer is not None and phase in ("pretrain", ""):
         return f"Layer {layer}"
     name = _PHASES.get(phase, phase.capitalize() or "All records")
