@@ -7,6 +7,7 @@ with a softmax on top, a classifier (``classifier``). The layers stay as they we
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ from gpudbn.twins import twins_of
 def classifier_shapes(sizes: Sequence[int], classes: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the network: all weights W0, W1, ... first (they decay), then all biases c0, c1, ...."""
     widths = [*sizes, classes]
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
 
 
@@ -60,7 +61,7 @@ class DBN:
         if len(sizes) < 2 or any(int(s) != s or s < 1 for s in sizes):
             raise UserError(f"DBN: sizes must be at least two whole numbers above 0; got {list(sizes)}")
         self.sizes = [int(s) for s in sizes]
-        self.layers = [RBM(n, m, xp) for n, m in zip(self.sizes[:-1], self.sizes[1:], strict=True)]
+        self.layers = [RBM(n, m, xp) for n, m in itertools.pairwise(self.sizes)]
         self.classifier: Parameters | None = None
         self.about: dict[str, Any] = {"binarise": "none"}
 
@@ -135,8 +136,8 @@ class DBN:
             for layer, rbm in enumerate(self.layers[:-1]):
                 v = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
         depth = len(self.layers)
-        for v in top.gibbs(v, steps - 1, seed=seed, layer=depth - 1):
-            pass
+        for state in top.gibbs(v, steps - 1, seed=seed, layer=depth - 1):
+            v = state
         h = top.sample_hidden(v, seed=seed, update=steps, site=site(Purpose.SAMPLING, depth - 1, 0))
         for layer in range(depth - 1, 0, -1):
             h = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))

@@ -137,8 +137,8 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
     else:  # part of a layer: its blocks are not neighbours from row to row
         first, last = column // 4, -(-(column + m) // 4)
         for i in range(rows):
-            words = _stream.at(seed, update, site, (row + i) * blocks + first).random(4 * (last - first), dtype=np.float32)
-            out[i] = words[column - 4 * first :][:m]
+            numbers = _stream.at(seed, update, site, (row + i) * blocks + first)
+            out[i] = numbers.random(4 * (last - first), dtype=np.float32)[column - 4 * first :][:m]
     return out
 
 

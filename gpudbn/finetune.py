@@ -19,12 +19,12 @@ from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.optimiser import Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
-from gpudbn.pretrain import Piece
+from gpudbn.pretrain import Phase, Piece
 from gpudbn.settings import Settings
 from gpudbn.twins import twins_of
 
 
-class FinetunePhase:
+class FinetunePhase(Phase):
     """Fine-tuning of the whole network.
 
     Parameters
@@ -40,8 +40,8 @@ class FinetunePhase:
     layer = None
     chains = None
     keeps_best = True
-    better = "errors"
-    measures = ("loss", "errors")
+    better = ("error", "loss")
+    measures = ("loss", "error")
 
     def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
         self.dbn, self.settings, self.xp = dbn, settings, dbn.xp

@@ -102,7 +102,8 @@ def _data_set(dbn: DBN, train: tuple, validation: tuple) -> DataSet:
     rows = Rows(first.array, first.scale, first.labels)
     held = rows.select(range(0))
     if validation[0] is not None:
-        second = checks.table(checks.Table(np.asarray(validation[0]), validation[1], "validation", "labels"), first.scale)
+        given = checks.Table(np.asarray(validation[0]), validation[1], "validation", "labels")
+        second = checks.table(given, first.scale)
         held = Rows(second.array, second.scale, second.labels)
     for name, part in (("x", rows), ("validation", held)):
         if part.n != dbn.sizes[0]:

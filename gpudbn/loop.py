@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,29 +29,13 @@ from gpudbn.rbm import new_chains
 from gpudbn.settings import Settings
 from gpudbn.tracing import span
 
+if TYPE_CHECKING:
+    from gpudbn.mpi.alone import Exchange
+
 TURN = 50  # updates between two looks at the world, alone or synchronous
 PROBE = 2000  # rows on which a layer is measured
 MEASURED = 250  # rows at once: blocks of constant size, so that their sums do not depend on the number of replicas
 BLOCKS = 8  # --order fixed: pieces of a batch
-
-
-class Exchange(Protocol):
-    """What the loop knows of other replicas; see ``mpi/``."""
-
-    replica: int
-    replicas: int
-    chief: bool
-    cuts_batches: bool
-
-    def begin(self, parameters: Array) -> None: ...
-    def add_(self, sums: Array) -> None: ...
-    def add_in_order_(self, sums: Array, partials: list[Array]) -> None: ...
-    def exchange(self, parameters: Array, before: Array, *, fetch: bool = True) -> None: ...
-    def meet(self, parameters: Array) -> None: ...
-    def total(self, values: np.ndarray) -> np.ndarray: ...
-    def any(self, flag: bool) -> bool: ...
-    def collect(self, array: np.ndarray) -> list[np.ndarray] | None: ...
-    def report(self) -> dict: ...
 
 
 class Training:
@@ -65,7 +49,7 @@ class Training:
         For pretraining, and for fine-tuning unless ``labelled`` is given.
     settings : Settings
     exchange : Exchange
-        ``mpi.alone.Alone()`` for a single process.
+        The other replicas: ``mpi.alone.Alone()`` for a single process.
     labelled : DataSet, optional
         Other data for fine-tuning, with the same columns.
     progress : callable, optional
@@ -82,7 +66,7 @@ class Training:
                  labelled: DataSet | None = None, progress: Callable[[int, int], None] | None = None) -> None:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
-        self.progress = progress or (lambda done, total: None)
+        self.progress = progress
         self.interrupt = False
         self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches
         self.depth = len(dbn.layers)
@@ -142,7 +126,8 @@ class Training:
             chains = None
             if s.method == "pcd":
                 chains = self.dbn.xp.asarray(kept["chains"] if kept else new_chains(
-                    high - low, self.dbn.layers[self.index].m, seed=s.seed, layer=self.index, row=self._first_row() + low))
+                    high - low, self.dbn.layers[self.index].m, seed=s.seed, layer=self.index,
+                    row=self._first_row() + low))
             layer = LayerPhase(self.dbn, self.index, s, rows=rows, chains=chains)
             if not kept:
                 layer.initialise(self.data.train)
@@ -182,7 +167,8 @@ class Training:
                         self.exchange.exchange(phase.parameters, before,
                                                fetch=end % self.settings.n_fetch == 0 or end == count)
                 self.position = end
-                self.progress(end, count)
+                if self.progress:
+                    self.progress(end, count)
                 if self.interrupt and self.exchange.replicas == 1 and end < count:
                     self.seconds += time.perf_counter() - started
                     return None
@@ -263,8 +249,8 @@ class Training:
             chains = self._cut(phase.batch, phase.batch)
             weight = len(positions) / phase.batch
         start = chains[0][0] if chains else 0
-        return [Piece(positions[lo:hi], self.updates, base + lo, slice(first - start, last - start), base + first, weight)
-                for (lo, hi), (first, last) in zip(data, chains, strict=True)]
+        return [Piece(positions[lo:hi], self.updates, base + lo, slice(first - start, last - start), base + first,
+                      weight) for (lo, hi), (first, last) in zip(data, chains, strict=True)]
 
     # -- looking at it ----------------------------------------------------------------------------
 
@@ -301,17 +287,14 @@ class Training:
         held = len(data.validation) if phase.layer is None else min(len(data.validation), PROBE)
         sets = [("train", data.train, min(len(data.train), PROBE)), ("validation", data.validation, held)]
         found = self._totals(phase, [(rows, count) for _, rows, count in sets])
-        names = {"errors": "error"}
-        return {f"{names.get(name, name)}_{part}": float(mean[i]) if count else None
+        return {f"{name}_{part}": float(mean[i]) if count else None
                 for (part, _, count), mean in zip(sets, found, strict=True) for i, name in enumerate(phase.measures)}
 
     def _remember(self, phase: Phase, record: dict[str, Any]) -> None:
         """Whether this epoch was the best so far on the validation rows."""
-        value = record["error_validation" if phase.keeps_best else "reconstruction_validation"]
-        if value is None or not phase.patience:
+        value = [record[f"{name}_validation"] for name in phase.better]
+        if None in value or not phase.patience:
             return
-        if phase.keeps_best:  # errors are few: ties go to the lower cross-entropy
-            value = [value, record["loss_validation"]]
         if self.best["value"] is None or value < self.best["value"]:
             self.best = {"value": value, "epoch": self.epoch}
             if phase.keeps_best:
@@ -328,9 +311,7 @@ class Training:
             phase = LayerPhase(self.dbn, self.depth - 1, s, rows=1, chains=None)
         (mean,) = self._totals(phase, [(test, len(test))])
         values = dict(zip(phase.measures, mean.tolist(), strict=True)) if len(test) else {}
-        error = values.pop("errors", None)
-        return {"phase": "test", "update": self.updates, "rows": len(test), **({} if error is None else {"error": error}),
-                **values, "seconds": round(self.seconds, 3)}
+        return {"phase": "test", "update": self.updates, "rows": len(test), **values, "seconds": round(self.seconds, 3)}
 
     # -- stopping and going on --------------------------------------------------------------------
 

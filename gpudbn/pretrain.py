@@ -45,20 +45,37 @@ class Phase(Protocol):
     batch: int
     patience: int
     keeps_best: bool
-    better: str  # the measured value whose fall is progress on the validation rows
+    better: tuple[str, ...]  # the measures whose fall on the validation rows is progress; ties go to the next
     parameters: Array
     chains: Array | None
     measures: tuple[str, ...]
 
-    def state(self) -> dict[str, Array]: ...
-    def begin_epoch(self, epoch: int) -> dict[str, float]: ...
-    def sums(self, out: Array, rows: Rows, piece: Piece) -> None: ...
-    def step(self, sums: Array, count: int) -> None: ...
-    def update(self, rows: Rows, piece: Piece) -> None: ...
-    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]: ...
+    def state(self) -> dict[str, Array]:
+        """What a checkpoint keeps besides parameters and chains."""
+        ...
+
+    def begin_epoch(self, epoch: int) -> dict[str, float]:
+        """Set the rates of epoch ``epoch`` (from 0); returns them for the record."""
+        ...
+
+    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+        """``out`` (size,) <- sums over the rows of one piece, pointing uphill."""
+        ...
+
+    def step(self, sums: Array, count: int) -> None:
+        """Change the parameters by sums over ``count`` rows."""
+        ...
+
+    def update(self, rows: Rows, piece: Piece) -> None:
+        """``sums`` and ``step`` in one."""
+        ...
+
+    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+        """Sums of each of ``measures`` over these rows; no draws."""
+        ...
 
 
-class LayerPhase:
+class LayerPhase(Phase):
     """Pretraining of one layer.
 
     Parameters
@@ -75,7 +92,7 @@ class LayerPhase:
 
     name = "pretrain"
     keeps_best = False
-    better = "reconstruction"
+    better = ("reconstruction",)
     measures = ("free_energy", "reconstruction")
 
     def __init__(self, dbn: DBN, layer: int, settings: Settings, *, rows: int, chains: Array | None) -> None:
@@ -101,7 +118,8 @@ class LayerPhase:
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Set rate and momentum of epoch ``epoch`` (from 0)."""
         s = self.settings
-        self.rate = schedule(s.schedule, s.of_layer("learning_rate", self.layer), s.learning_rate_end, epoch, self.epochs)
+        rate = s.of_layer("learning_rate", self.layer)
+        self.rate = schedule(s.schedule, rate, s.learning_rate_end, epoch, self.epochs)
         self.momentum = s.momentum[0] if epoch < s.momentum_epochs else s.momentum[-1]
         return {"learning_rate": self.rate, "momentum": self.momentum}
 
@@ -140,8 +158,8 @@ class LayerPhase:
 
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
-        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.m, scale=1 / count,
-                                 rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
+        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.m,
+                                 scale=1 / count, rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
 
     def update(self, rows: Rows, piece: Piece) -> None:
         """``sums`` and ``step`` in one: a single kernel on a GPU."""

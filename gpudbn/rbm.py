@@ -59,7 +59,8 @@ class RBM:
         Hinton (2012), section 8.
         """
         xp = module_of(self.W)
-        W = normals(np.empty((self.n, self.m), np.float32), seed=seed, update=0, site=site(Purpose.INITIALISATION, layer))
+        W = np.empty((self.n, self.m), np.float32)
+        normals(W, seed=seed, update=0, site=site(Purpose.INITIALISATION, layer))
         self.W[...] = xp.asarray(W) * np.float32(sd)
         self.c[...] = 0
         self.b[...] = 0
@@ -103,7 +104,8 @@ class RBM:
         twins_of(h, self.W).half_step(v, None, h, self.W, self.b, transpose=True, **address)
         return v
 
-    def gibbs(self, v: Array, steps: int, *, seed: int, layer: int = 0, row: int = 0, first: int = 0) -> Iterator[Array]:
+    def gibbs(self, v: Array, steps: int, *, seed: int, layer: int = 0, row: int = 0,
+              first: int = 0) -> Iterator[Array]:
         """The visible states after each of ``steps`` full Gibbs steps from v.
 
         Parameters
@@ -167,7 +169,8 @@ class Contrast:
         PCD: hidden states of the persistent chains. Modified by each update.
     """
 
-    def __init__(self, rbm: RBM, rows: int, estimator: Estimator, *, seed: int, layer: int, chains: Array | None) -> None:
+    def __init__(self, rbm: RBM, rows: int, estimator: Estimator, *, seed: int, layer: int,
+                 chains: Array | None) -> None:
         xp = module_of(rbm.W)
         model_rows = rows if chains is None else len(chains)
         self.rbm, self.estimator, self.seed, self.layer, self.chains = rbm, estimator, seed, layer, chains
@@ -175,7 +178,8 @@ class Contrast:
         self.h = xp.empty((rows + model_rows, rbm.m), np.float32)
         self.twins = twins_of(self.v)
 
-    def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0), chain_row: int = 0) -> tuple[Array, Array]:
+    def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0),
+             chain_row: int = 0) -> tuple[Array, Array]:
         """Run the data phase on ``v[:rows]`` and the k Gibbs steps of the model phase.
 
         Parameters
@@ -220,7 +224,8 @@ class Contrast:
         start = h0 if e.data_hidden == "sample" else h
         for step in range(e.k):
             self._visible(v, start, update, row, Purpose.CD, 2 * step + 1)
-            address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 2 * step + 2), "row": row}
+            address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 2 * step + 2),
+                       "row": row}
             if step < e.k - 1 or e.last_hidden == "sample":
                 self.twins.half_step(h, None, v, rbm.W, rbm.c, **address)
             else:

@@ -68,7 +68,8 @@ def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None
     seed, update, site, row, column, columns : int
         Address of the draws, see ``draws``.
     """
-    u = uniforms(_scratch.get("u", mean.shape), seed=seed, update=update, site=site, row=row, column=column, columns=columns)
+    u = uniforms(_scratch.get("u", mean.shape), seed=seed, update=update, site=site, row=row, column=column,
+                 columns=columns)
     np.less(u, mean, out=sample, casting="unsafe")
     return sample
 
@@ -187,4 +188,5 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
     cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
-    momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum, decay=decay)
+    momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum,
+                  decay=decay)

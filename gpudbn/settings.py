@@ -121,8 +121,8 @@ class Settings:
     device: str = option("auto", "where to compute", group="run", choices=("auto", "cpu", "gpu"))
     threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "
                                  "ranks)", group="run", rule=AT_LEAST_1, metavar="N")
-    checkpoint_seconds: float = option(5.0, "a checkpoint is written at the end of an epoch when the last one is this old",
-                                       group="run", rule=AT_LEAST_0, metavar="SECONDS")
+    checkpoint_seconds: float = option(5.0, "a checkpoint is written at the end of an epoch if the last one is this "
+                                       "old", group="run", rule=AT_LEAST_0, metavar="SECONDS")
     plots: str = option("on", "pictures in the run folder", group="run", choices=("on", "off"))
 
     mode: str = option("async", "under mpirun: async (a parameter server on rank 0, replicas on their own shards of "
@@ -213,7 +213,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         item = kind(item)
         choices, rule = field.metadata["choices"], field.metadata["rule"]
         if choices and item not in choices:
-            raise UserError(f"{flag(field.name)}: must be one of {', '.join(choices)}; got {item}.{_nearest(item, choices)}")
+            raise UserError(f"{flag(field.name)}: must be one of {', '.join(choices)}; "
+                            f"got {item}.{_nearest(item, choices)}")
         if rule and not rule[0](item):
             raise UserError(f"{flag(field.name)}: must {rule[1]}; got {item}")
         result.append(item)
@@ -250,7 +251,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command_line(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser for every field of Settings and the run's own options."""
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+    parser = _Parser(prog=prog, usage=f"{prog} [options]", description=description, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     groups: dict[str, Any] = {}
     for name, field in FIELDS.items():
@@ -258,7 +259,8 @@ def command_line(prog: str, description: str, epilog: str = "") -> argparse.Argu
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         kind, many, _ = _plain_type(name)
-        shown = " ".join(map(str, field.default)) if many else field.default
+        default: Any = field.default
+        shown = " ".join(map(str, default)) if many else default
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {shown})")
         word = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else (
             field.metadata["metavar"] or {int: "N", float: "X", str: "TEXT"}[kind])
@@ -293,8 +295,7 @@ def settings_of(found: argparse.Namespace) -> Settings:
     given = {name: getattr(found, name) for name in FIELDS if getattr(found, name) is not None}
     if found.resume:
         fixed = [name for name in given if name not in RESUMABLE]
-        for name in (n for n in ("out", "config") if getattr(found, n)):
-            fixed.append(name)
+        fixed += [name for name in ("out", "config") if getattr(found, name)]
         if fixed:
             raise UserError(f"--resume: must stand without {flag(fixed[0])}, the run has its own settings; only "
                             f"{', '.join(flag(n) for n in RESUMABLE)} may differ")

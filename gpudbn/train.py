@@ -6,6 +6,7 @@ runs ``loop.Training`` and writes what it yields into a run folder.
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import time
@@ -68,6 +69,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     """Train as the settings say; on the server's rank, serve. Returns the exit code."""
     from gpudbn.data import load
     from gpudbn.mpi import connect
+    from gpudbn.mpi.server import Server
 
     world = launch.world()
     ranks = world.size if world else 1
@@ -83,7 +85,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     if labelled is not None and labelled.train.n != data.train.n:
         raise UserError(f"--finetune-data: must have the {data.train.n} columns of --data; got {labelled.train.n}")
     exchange = connect(settings.mode if ranks > 1 else "sync", _largest(settings, data, labelled))
-    if not hasattr(exchange, "exchange"):
+    if isinstance(exchange, Server):
         exchange.serve()
         return 0
     return _replica(settings, data, labelled, exchange, out, resume)
@@ -92,7 +94,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
 def _largest(settings: Settings, data: DataSet, labelled: DataSet | None) -> int:
     """Entries of the largest parameter vector of the run."""
     sizes = [data.train.n, *settings.layers]
-    layers = [n * m + n + m for n, m in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
     classes = (labelled or data).classes
     network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
     return max([*layers, network])
@@ -121,10 +123,13 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     dbn = DBN([data.train.n, *settings.layers], xp)
     dbn.about |= {"binarise": settings.binarise, "image_shape": data.image_shape, "data": data.name}
-    sets = [None if s is None else replace(s, train=s.train.to(xp), validation=s.validation.to(xp), test=s.test.to(xp))
-            for s in (data, labelled)]
+
+    def resident(s: DataSet) -> DataSet:
+        return replace(s, train=s.train.to(xp), validation=s.validation.to(xp), test=s.test.to(xp))
+
     show = _Show(settings, exchange)
-    training = together(lambda: Training(dbn, sets[0], settings, exchange, labelled=sets[1], progress=show.progress))
+    training = together(lambda: Training(dbn, resident(data), settings, exchange, progress=show.progress,
+                                         labelled=resident(labelled) if labelled else None))
     run: Run | None = None
     if resume:
         folder = together(lambda: Run.open(resume))
@@ -148,7 +153,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
             last = record
             if run is not None:
                 run.record(**record)
-            show.record(record, training)
+            show.record(record)
             saver.save_if_due()
         saver.save()
     except (KeyboardInterrupt, NonFiniteError):
@@ -164,7 +169,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         record_report = {"phase": "report", **exchange.report()}
         run.record(**record_report)
         pictures = _draw(run, dbn, labelled or data, np) if settings.plots == "on" else []
-        show.ending(run, last, pictures, labelled or data)
+        show.ending(run, last, pictures)
     exchange.close()
     return 0
 
@@ -231,7 +236,7 @@ class _Show:
         self.say(f"compute  {place}; {how}")
         self.say(f"run      {run.path}")
 
-    def record(self, r: dict[str, Any], training: Training) -> None:
+    def record(self, r: dict[str, Any]) -> None:
         def pair(name: str, form: str) -> str:
             values = [r.get(f"{name}_{part}") for part in ("train", "validation")]
             return " | ".join(format(v, form) for v in values if v is not None)
@@ -247,14 +252,15 @@ class _Show:
             self.say(f"finetune  epoch {r['epoch']:>3}/{s.finetune_epochs}   loss {pair('loss', '.4f')}   "
                      f"error {pair('error', '7.2%')}   {r['seconds']:7.1f} s")
 
-    def ending(self, run: Run, last: dict[str, Any], pictures: list[str], data: DataSet) -> None:
+    def ending(self, run: Run, last: dict[str, Any], pictures: list[str]) -> None:
         self.say()
         if "reconstruction" in last:
             self.say(f"test reconstruction: {last['reconstruction']:.3f} per row")
         self.say(f"everything is in {run.path}: model.safetensors, metrics.jsonl, settings.toml, checkpoint.safetensors"
                  + (f", plots/ ({', '.join(pictures)})" if pictures else ""))
         if last.get("error") is not None:
-            self.say(f"test error: {100 * last['error']:.2f} %  ({last['rows']:,} rows, {last['seconds']:.1f} s of training)")
+            self.say(f"test error: {100 * last['error']:.2f} %  "
+                     f"({last['rows']:,} rows, {last['seconds']:.1f} s of training)")
         self.say(f"try next: python -m gpudbn.sample {run.path}")
         self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
 
