@@ -75,7 +75,7 @@ class Rows:
         if xp is not np:
             chunk = array[xp.asarray(places)]
         elif array.flags.c_contiguous and array.flags.aligned:
-            if array.dtype == np.float32 and self.scale == 1 and array.dtype.isnative:
+            if array.dtype == np.float32 and self.scale == 1:
                 # "clip" saves the copy that "raise" makes of out; the places have been checked
                 np.take(array, places, axis=0, out=out, mode="clip")
                 return

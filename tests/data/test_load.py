@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import os
 import sys
 import tracemalloc
 import zipfile
@@ -185,6 +188,32 @@ def test_npz_in_fortran_order_and_after_other_bytes(tmp_path):
     np.testing.assert_array_equal(rows_of(data.train), x.reshape(61, 15).astype(np.float32))
 
 
+def test_compressed_npz_in_fortran_order(tmp_path):
+    x, _ = values("float32")
+    np.savez_compressed(tmp_path / "file.npz", x=np.asfortranarray(x.reshape(61, 15)))
+    data = load(tmp_path / "file.npz", need_labels=False, validation=0, test=0)
+    np.testing.assert_array_equal(rows_of(data.train), x.reshape(61, 15))
+
+
+def test_classes_are_counted_over_all_rows(tmp_path):
+    x, y = values("uint8")
+    np.savez(tmp_path / "file.npz", x=x, y=y, x_test=x[:2], y_test=np.array([0, 7]))
+    assert load(tmp_path / "file.npz").classes == 8
+    np.savez(tmp_path / "file.npz", x=x, y=y, x_test=x[:2])
+    data = load(tmp_path / "file.npz", need_labels=False)
+    assert data.classes == 4
+    assert data.test.labels is None
+
+
+def test_a_file_changed_without_another_size_is_unpacked_again(tmp_path):
+    """Told by the time of its last change."""
+    path = tmp_path / "file"
+    for content, time in ((b"one", 1_000_000_000), (b"two", 1_000_000_001)):
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+        assert files.unpacked(path, "", io.BytesIO(content)).read_bytes() == content
+
+
 def test_what_is_unpacked_is_kept_until_the_file_changes(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(files, "SMALL", 100)
     monkeypatch.setattr(idx, "SMALL", 100)
@@ -204,8 +233,6 @@ def test_what_is_unpacked_is_kept_until_the_file_changes(tmp_path, monkeypatch, 
 
 
 def write_gz(folder, x):
-    import gzip
-
     folder.mkdir(exist_ok=True)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(x)))
 

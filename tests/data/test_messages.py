@@ -112,6 +112,8 @@ CASES = {
                      "got 3662. It has something appended"),
     "npy of objects": (lambda f: npy(f, np.array([[1], [2, 3]], object)),
                        "x.npy: must hold numbers; got Python objects, which are never unpickled"),
+    "npy of a negative shape": (lambda f: (npy(f, FLOATS), raw(f, "x.npy", (f / "x.npy").read_bytes().replace(
+        b"(61, 15), }  ", b"(-61, -15), }", 1))), r"got something else \(shape \(-61, -15\)\)"),
     "npz is no zip": (lambda f: raw(f, "x.npz", b"hello"),
                       "x.npz: must be a whole .npz file.*got: File is not a zip file"),
     "npz cut short": (lambda f: (npz(f, x=FLOATS), raw(f, "f.npz", (f / "f.npz").read_bytes()[:-300])),
