@@ -9,6 +9,8 @@ import pytest
 
 from gpudbn import arrays
 
+pytest_plugins = ["tests.kernel_report"]
+
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="fail, not skip, where there is no CUDA device")

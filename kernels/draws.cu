@@ -1,0 +1,46 @@
+// draws: arrays of uniforms, and of zeros and ones drawn with given probabilities.
+//
+//     uniforms    out[r, j]    = u(seed, update, site, row + r, column + j)
+//     bernoulli   sample[r, j] = 1 if u(...) < mean[r, j] else 0
+//
+// out, sample  (B, m)  out
+// mean         (B, m)  in; may be the same array as sample
+//
+// Launch: one thread a quad of columns (one Philox block), 1-D, any number of blocks of any size; tail guarded.
+// Numerics: the uniforms are exact; u has 24 bits, so a mean below 2^-24 fires too often by at most 2^-24.
+// Twins: reference.uniforms, reference.bernoulli
+#include "philox.cuh"
+#include "quads.cuh"
+
+// Calls visit(r, q, first): quad q of row r, whose first column is `first` (below 0 where the array starts in mid-block).
+template <class Visit>
+__device__ __forceinline__ void every_quad(int B, int m, int shift, Visit visit)
+{
+    long long quads = ((long long)m + shift + 3) / 4, step = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < B * quads; i += step) {
+        long long r = i / quads, q = i - r * quads;
+        visit(r, q, (int)(4 * q - shift));
+    }
+}
+
+extern "C" __global__ void uniforms(float* out, int B, int m, u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+{
+    Address address = {seed, update, site, row, column, blocks};
+    bool aligned = quads_aligned(out, m, address.shift());
+    every_quad(B, m, address.shift(), [&](long long r, long long q, int first) {
+        store_quad(out + r * m, first, m, aligned, address.draw(r, q));
+    });
+}
+
+extern "C" __global__ void bernoulli(float* sample, const float* mean, int B, int m,
+                                     u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+{
+    Address address = {seed, update, site, row, column, blocks};
+    int shift = address.shift();
+    bool read_aligned = quads_aligned(mean, m, shift), write_aligned = quads_aligned(sample, m, shift);
+    every_quad(B, m, shift, [&](long long r, long long q, int first) {
+        float4 u = address.draw(r, q), p = load_quad(mean + r * m, first, m, read_aligned);
+        store_quad(sample + r * m, first, m, write_aligned,
+                   make_float4(u.x < p.x, u.y < p.y, u.z < p.z, u.w < p.w));
+    });
+}
