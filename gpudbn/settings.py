@@ -57,7 +57,7 @@ class Settings:
                            "stochastic draws them anew each time a row is used", group="data",
                            choices=("none", "threshold", "stochastic"))
 
-    layers: tuple[int, ...] = option((200, 200, 500), "hidden units of each layer, from the data up",
+    layers: tuple[int, ...] = option((256, 256, 256), "hidden units of each layer, from the data up",
                                      group="network", rule=AT_LEAST_1, metavar="M")
     initial_weights: float = option(0.01, "standard deviation of the initial weights", group="network",
                                     rule=AT_LEAST_0, metavar="SD")
@@ -65,11 +65,11 @@ class Settings:
     method: str = option("cd", "negative phase: contrastive divergence, or persistent chains", group="pretraining",
                          choices=("cd", "pcd"))
     k: int = option(1, "Gibbs steps an update", group="pretraining", rule=AT_LEAST_1)
-    epochs: tuple[int, ...] = option((30,), "passes over the data for each layer: one number, or one a layer",
+    epochs: tuple[int, ...] = option((20,), "passes over the data for each layer: one number, or one a layer",
                                      group="pretraining", rule=AT_LEAST_0, metavar="N")
     batch: int = option(20, "rows an update; of each replica in --mode async, of all together otherwise",
                         group="pretraining", rule=AT_LEAST_1, metavar="ROWS")
-    learning_rate: tuple[float, ...] = option((0.1,), "step size: one number, or one a layer", group="pretraining",
+    learning_rate: tuple[float, ...] = option((0.02,), "step size: one number, or one a layer", group="pretraining",
                                               rule=POSITIVE, metavar="RATE")
     schedule: str = option("linear", "how the rate falls over the epochs of a layer", group="pretraining",
                            choices=("constant", "linear", "exponential", "cosine"))
@@ -93,12 +93,12 @@ class Settings:
 
     finetune_data: str | None = option(None, "other labelled data for fine-tuning (default: those of --data)",
                                        group="fine-tuning", metavar="DATA")
-    finetune_epochs: int = option(40, "passes over the labelled data (0: pretraining only)", group="fine-tuning",
+    finetune_epochs: int = option(60, "passes over the labelled data (0: pretraining only)", group="fine-tuning",
                                   rule=AT_LEAST_0, metavar="N")
     finetune_batch: int | None = option(None, "rows an update (default: --batch)", group="fine-tuning",
                                         rule=AT_LEAST_1, metavar="ROWS")
     optimiser: str = option("adam", "step rule of fine-tuning", group="fine-tuning", choices=("adam", "sgd"))
-    finetune_learning_rate: float = option(0.001, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
+    finetune_learning_rate: float = option(0.004, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
                                            metavar="RATE")
     finetune_schedule: str = option("cosine", "how that rate falls over the epochs", group="fine-tuning",
                                     choices=("constant", "linear", "exponential", "cosine"))
@@ -109,7 +109,7 @@ class Settings:
                                       metavar="MU")
     finetune_decay: float = option(0.0, "L2 decay of the weights (times the learning rate)", group="fine-tuning",
                                    rule=AT_LEAST_0, metavar="DECAY")
-    dropout: float = option(0.2, "fraction of hidden units left out in each fine-tuning update", group="fine-tuning",
+    dropout: float = option(0.3, "fraction of hidden units left out in each fine-tuning update", group="fine-tuning",
                             rule=BELOW_1, metavar="P")
     input_dropout: float = option(0.0, "fraction of visible units left out", group="fine-tuning", rule=BELOW_1,
                                   metavar="P")
