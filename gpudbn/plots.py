@@ -246,6 +246,7 @@ def confusion(path: Path | str, labels: Array, predicted: Array, classes: int | 
     wrong, total = len(labels) - int(counts.trace()), len(labels)
     side = min(max(3.2, 0.46 * K), 9)
     longest = max(map(len, names))
+    crowded = 0.08 * longest > side / min(K, 50)  # inches of a name, and of its place
     with _drawing:
         figure = Figure(figsize=(side + 1.3 + 0.07 * longest, side + 1.3), dpi=DPI, facecolor="white")
         figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
@@ -259,7 +260,7 @@ def confusion(path: Path | str, labels: Array, predicted: Array, classes: int | 
                     axes.text(j, i, str(count), ha="center", va="center", fontsize=size, color="white" if dark else INK)
         ticks = range(0, K, math.ceil(K / 50))
         axes.set_xticks(ticks, [names[i] for i in ticks], fontsize=8, color=INK, parse_math=False,
-                        rotation=45 if longest > 3 else 0, ha="right" if longest > 3 else "center")
+                        rotation=45 if crowded else 0, ha="right" if crowded else "center")
         axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=8, color=INK, parse_math=False)
         if K <= 20:
             right = axes.secondary_yaxis("right")
@@ -269,7 +270,7 @@ def confusion(path: Path | str, labels: Array, predicted: Array, classes: int | 
             right.spines[:].set_visible(False)
         axes.set_xlabel("predicted class", color=INK, fontsize=9)
         axes.set_ylabel("true class", color=INK, fontsize=9)
-        share = f" ({100 * wrong / total:.2g} %)" if total else ""
+        share = f" ({100 * wrong / total:.3g} %)" if total else ""
         axes.set_title(f"{wrong:,} of {total:,} labels wrong{share}", loc="left", color=INK, fontsize=12,
                        fontweight="bold", pad=10)
         axes.tick_params(length=0)

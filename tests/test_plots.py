@@ -246,6 +246,16 @@ def test_equal_input_gives_equal_bytes_in_every_thread(tmp_path):
         assert len({(tmp_path / f"{letter}{i}.png").read_bytes() for i in range(4)}) == 1
 
 
+def test_one_thread_draws_at_a_time(tmp_path):
+    thread = threading.Thread(target=plots.curves, args=(tmp_path / "c.png", []))
+    with plots._drawing:
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join(30)
+    assert (tmp_path / "c.png").is_file()
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no/f\.png: must be writable; got 'No such file or directory'"):
         plots.filters(tmp_path / "no/f.png", W, (5, 7), "Filters")

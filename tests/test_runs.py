@@ -166,7 +166,7 @@ def test_a_full_disk_loses_no_earlier_record_and_no_checkpoint(small_disk):
 
     def fill():
         nonlocal count
-        while True:
+        while count < 1000:
             run.record(epoch=count, filler="x" * 700)
             count += 1
 
@@ -283,3 +283,6 @@ def test_the_kinds_are_set_and_the_callers_metadata_left_alone(run):
     run.record(epoch=1)
     run.save_checkpoint(*run.load_checkpoint())
     assert run.load_checkpoint()[1][RECORDS] == 1
+    run.save_model(*run.load_checkpoint())
+    run.save_checkpoint(*checkpoint.read(run.model, "model"))
+    assert run.load_checkpoint()[1]["kind"] == "checkpoint"
