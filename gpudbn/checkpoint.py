@@ -175,13 +175,13 @@ def read(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _refuse_unreadable(path: Path, kind: str) -> None:
     """Say why nothing can be read, before safetensors says it worse."""
-    if path.is_dir():
-        inside = path / f"{kind}.safetensors"
-        hint = f". Did you mean {inside}?" if inside.is_file() else ""
-        raise UserError(f"{path}: must be a {kind} file; got a folder{hint}")
     try:
         with path.open("rb"):
             pass
+    except IsADirectoryError:
+        inside = path / f"{kind}.safetensors"
+        hint = f". Did you mean {inside}?" if inside.is_file() else ""
+        raise UserError(f"{path}: must be a {kind} file; got a folder{hint}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: must be a {kind} file; got no such file{nearest(path)}") from None
     except OSError as error:

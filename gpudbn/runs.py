@@ -83,13 +83,19 @@ class Run:
             If it is no run folder, or the run stopped before its first checkpoint.
         """
         run = cls(path)
-        if not run.path.exists():
-            raise UserError(f"{path}: must be the folder of a run; got no such folder{checkpoint.nearest(run.path)}")
-        if not run.path.is_dir():
-            raise UserError(f"{path}: must be the folder of a run; got a file. Did you mean {run.path.parent}?")
-        if not run.settings.is_file():
+        try:
+            content = [entry.name for entry in run.path.iterdir()]
+        except FileNotFoundError:
+            raise UserError(f"{path}: must be the folder of a run; "
+                            f"got no such folder{checkpoint.nearest(run.path)}") from None
+        except NotADirectoryError:
+            raise UserError(f"{path}: must be the folder of a run; got a file. "
+                            f"Did you mean {run.path.parent}?") from None
+        except OSError as error:
+            raise checkpoint.why_not(path, "readable", error) from error
+        if run.settings.name not in content:
             raise UserError(f"{path}: must be the folder of a run; got one without {run.settings.name}")
-        if not run.checkpoint.is_file():
+        if run.checkpoint.name not in content:
             raise UserError(f"{path}: must hold {run.checkpoint.name} to be resumed; got none: the run stopped before "
                             "its first checkpoint. Start it again with another --out")
         for leftover in run.path.glob(checkpoint.TEMPORARY):  # of a process killed while it wrote
@@ -159,8 +165,11 @@ class Run:
             If it cannot be written; the earlier checkpoint stays whole.
         """
         # The records first, on the disk: a checkpoint must not outlive what it counts.
-        with suppress(FileNotFoundError), self.metrics.open("rb") as file:
-            os.fsync(file.fileno())
+        try:
+            with suppress(FileNotFoundError), self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise checkpoint.why_not(self.metrics, "writable", error) from error
         checkpoint.write(self.checkpoint, arrays, {**meta, "kind": "checkpoint", RECORDS: len(self._lines())})
 
     def load_checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -182,11 +191,11 @@ class Run:
         """
         seen = int(meta[RECORDS])
         lines = self._lines()
-        if self.metrics.exists():
-            try:
+        try:
+            with suppress(FileNotFoundError):
                 os.truncate(self.metrics, sum(map(len, lines[:seen])))
-            except OSError as error:
-                raise checkpoint.why_not(self.metrics, "writable", error) from error
+        except OSError as error:
+            raise checkpoint.why_not(self.metrics, "writable", error) from error
         return max(0, seen - len(lines))
 
     def save_model(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:

@@ -243,6 +243,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         checkpoint.read(tmp_path / "quite/another", "model")
     with pytest.raises(UserError, match=r"must be readable; got 'Not a directory'\. A part of the path is a file"):
         checkpoint.read(tmp_path / "model.safetensors/x", "model")
+    with pytest.raises(UserError, match=r"must be readable; got 'File name too long'"):
+        checkpoint.read(tmp_path / ("x" * 300), "model")
     with pytest.raises(UserError, match=r"got a folder\. Did you mean .*/model.safetensors\?$"):
         checkpoint.read(tmp_path, "model")
     with pytest.raises(UserError, match=r"must be a checkpoint file; got a folder$"):

@@ -81,6 +81,8 @@ def test_open_says_what_is_missing(tmp_path, run):
     run.save_checkpoint(ARRAYS, {})
     with pytest.raises(UserError, match=r"must be the folder of a run; got a file\. Did you mean .*/run\?"):
         Run.open(run.checkpoint)
+    with pytest.raises(UserError, match=r"must be readable; got 'File name too long'"):
+        Run.open(tmp_path / ("x" * 300))
     run.settings.unlink()
     with pytest.raises(UserError, match=r"must be the folder of a run; got one without settings\.toml"):
         Run.open(run.path)
