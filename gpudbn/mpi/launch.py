@@ -9,6 +9,7 @@ can be set only until then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -96,3 +97,15 @@ def limit_threads(threads: int | None, sharing: int) -> int:
     for name in THREAD_VARIABLES:
         os.environ.setdefault(name, str(count))
     return count
+
+
+def end_job(code: int) -> None:
+    """Make the launcher end the other ranks, with this exit code: works before MPI has started, too.
+
+    There the others may already wait in MPI for this rank. Open MPI's mpirun ends them when a rank exits
+    with a code that is not 0. MPICH's has to be told, in a line of the protocol by which it starts ranks.
+    Slurm's srun does it if given --kill-on-bad-exit.
+    """
+    if "MPI_LOCALNRANKS" in os.environ and os.environ.get("PMI_FD", "").isdecimal():
+        with contextlib.suppress(OSError):
+            os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())

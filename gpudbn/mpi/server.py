@@ -95,7 +95,7 @@ class Server:
         self._applied = self._header[1 : 1 + self.replicas]
         self._staleness = self._header[1 + self.replicas :]
         self._asked = 0
-        self._next = 0
+        self._first = 0
 
     def _words(self, offset: int, count: int) -> np.ndarray:
         return self._window.memory[offset : offset + 8 * count].view(np.int64)
@@ -140,22 +140,21 @@ class Server:
 
     def _take(self) -> bool:
         """Apply what lies in the mailboxes, then publish once. Whether there was anything."""
-        self._window.sync()
         full = np.flatnonzero(self._sequence == self._applied + 1)
         if full.size == 0:
             return False
-        self._window.sync()  # the sequence number was seen: now the change
-        for replica in sorted(full, key=lambda replica: (replica - self._next) % self.replicas):
+        self._window.sync()  # a sequence number was seen: only now look at its change
+        order = sorted(full.tolist(), key=lambda replica: (replica - self._first) % self.replicas)
+        self._first = order[0] + 1  # of several that are full at once, another goes first next time
+        for replica in order:
             staleness = int(self._version[0] - self._base[replica])
             with span("apply"):
                 self.rule(self._parameters, self._floats(self._layout.mailboxes[replica]), staleness)
             self._version += 1
             self._applied[replica] += 1
             self._staleness[min(staleness, STALENESS - 1)] += 1
-        self._next = (int(full[0]) + 1) % self.replicas  # another one goes first next time
         self._publish()
         self._freed[:] = self._applied
-        self._window.sync()
         return True
 
     def _publish(self) -> None:
@@ -168,7 +167,7 @@ class Server:
             self._floats(parameters)[:] = self._parameters
             self._window.sync()
             self._turn[0] = turn + 2
-            self._window.sync()
+            self._window.sync()  # before ``freed`` says so
 
     def _answer(self, source: int, tag: int) -> bool:
         """Receive a message and do as it says. Whether it was the last."""

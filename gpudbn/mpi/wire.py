@@ -291,6 +291,7 @@ class Wire:
         """End all ranks at once with this exit code."""
         sys.stdout.flush()
         sys.stderr.flush()
+        launch.end_job(code)  # first: after MPI's own abort MPICH's mpirun returns 9 now and then
         self.comm.Abort(code)
 
     def close(self) -> None:
@@ -450,6 +451,8 @@ def guarded(main: Callable[[], int | None]) -> int:
         code = main() or 0
     except BaseException as error:
         if isinstance(error, SystemExit) and _wire is None:
+            if exit_code(error):
+                launch.end_job(exit_code(error))
             raise
         code = _end(error)
     if _wire is not None:
@@ -468,14 +471,9 @@ def _end(error: BaseException) -> int:
         text = f"{error}\n"
     else:
         text = "".join(traceback.format_exception(error))
-    wire, world = _wire, launch.world()
+    wire = _wire
     if wire is None:
-        # No way to ask the others yet; what goes wrong this early mostly goes wrong on all of them.
-        prefix = ""
-        if world is not None and world.rank > 0:
-            time.sleep(GRACE)
-            prefix = f"rank {world.rank} of {world.size} on {socket.gethostname()}: "
-        _say(prefix + text)
+        _end_early(text, code)
     elif isinstance(error, AgreedError):
         if wire.rank == 0:
             _say(text)
@@ -483,10 +481,25 @@ def _end(error: BaseException) -> int:
     elif code == 0:
         wire.close()
     else:
+        time.sleep(min(0.1 * wire.rank, 1.0))  # where all fail alike, the first ends the others before they speak
         if text:
             _say(f"{wire.where}: {text}")
         wire.abort(code)
     return code
+
+
+def _end_early(text: str, code: int) -> None:
+    """Without MPI the ranks cannot agree; but what goes wrong this early mostly goes wrong on all of them."""
+    world = launch.world()
+    if world is None or world.size == 1:
+        _say(text)
+        return
+    if world.rank == 0:
+        _say(text)
+    else:
+        time.sleep(GRACE)
+        _say(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {text}")
+    launch.end_job(code)
 
 
 def _say(text: str) -> None:
