@@ -1,0 +1,150 @@
+"""Step rules against the papers' formulas in float64, and the ends of the schedules."""
+
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+
+from gpudbn import optimiser, reference
+from gpudbn.optimiser import Adam, Momentum, schedule
+from gpudbn.reference import PIECE
+
+from .helpers import assert_close, assert_notices
+
+SCALE = 1 / 7
+RATES = (0.1, 0.05, 0.05, 0.02, 0.1, 0.1, 0.01, 0.03, 0.03, 0.2)
+
+
+def adam_of_the_paper(gradients, start, weights, decay, b1=0.9, b2=0.999, eps=1e-8):
+    """Kingma & Ba (2015), algorithm 1 with the order of section 2's last paragraph; decoupled decay. float64."""
+    theta, m, v = start.astype(np.float64), np.zeros(start.size), np.zeros(start.size)
+    decays = np.arange(start.size) < weights
+    for t, (g, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
+        g = g.astype(np.float64) * SCALE
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        theta = theta - rate * decay * theta * decays
+        theta = theta + rate * np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps)  # uphill
+        yield theta, {"mean": m, "square": v, "steps": np.array([t])}
+
+
+def momentum_of_the_guide(gradients, start, weights, decay, momentum=0.8):
+    """Hinton (2012), sections 9 and 10, in float64."""
+    theta, velocity = start.astype(np.float64), np.zeros(start.size)
+    decays = np.arange(start.size) < weights
+    for g, rate in zip(gradients, RATES, strict=True):
+        velocity = momentum * velocity + rate * (g.astype(np.float64) * SCALE - decay * theta * decays)
+        theta = theta + velocity
+        yield theta, {"velocity": velocity}
+
+
+def check_rule(name, size, weights, decay):
+    rng = np.random.default_rng(size)
+    # entries of very different sizes, as gradients of layers are; the first one always zero
+    widths = 10.0 ** rng.uniform(-4, 2, size) * (np.arange(size) > 0)
+    gradients = [(widths * rng.standard_normal(size)).astype(np.float32) for _ in RATES]
+    parameters = rng.standard_normal(size).astype(np.float32)
+    if name == "adam":
+        rule, truth = Adam(parameters, decay=decay), adam_of_the_paper(gradients, parameters, weights, decay)
+    else:
+        rule, truth = Momentum(parameters, momentum=0.8, decay=decay), momentum_of_the_guide(gradients, parameters,
+                                                                                             weights, decay)
+    for gradient, rate, (theta, state) in zip(gradients, RATES, truth, strict=True):
+        rule.step(parameters, gradient.copy(), weights=weights, scale=SCALE, rate=rate)
+        assert_close(parameters, theta, atol=5e-6, rtol=2e-6)
+        assert set(rule.state) == set(state)
+        for key, expected in state.items():
+            assert_close(rule.state[key], expected, atol=1e-6 * np.abs(expected).max(), rtol=2e-5)
+            assert rule.state[key].dtype == (np.int64 if key == "steps" else np.float32)
+
+
+CASES = [("adam", 13, 7, 0.0), ("adam", 13, 7, 0.3), ("adam", 2 * PIECE + 17, PIECE + 5, 0.3),
+         ("momentum", 13, 7, 0.0), ("momentum", 13, 7, 0.3), ("momentum", 2 * PIECE + 17, PIECE + 5, 0.3)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_steps_are_those_of_the_paper(case):
+    check_rule(*case)
+
+
+@pytest.mark.parametrize(("case", "module", "line", "fault"), [
+    (CASES[0], optimiser, "rate * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)", "rate"),
+    (CASES[0], optimiser, "self.state[\"steps\"] += 1", "pass"),
+    (CASES[0], optimiser, "xp.multiply(g, f(scale), out=g)", "pass"),
+    (CASES[0], optimiser, "xp.add(w, f(self.eps), out=w)", "xp.add(w, f(1e-3), out=w)"),
+    (CASES[0], optimiser, "xp.multiply(w, f(1 - self.b2), out=w)", "xp.multiply(w, f(1 - self.b1), out=w)"),
+    (CASES[0], optimiser, "xp.add(p, w, out=p)", "xp.subtract(p, w, out=p)"),
+    (CASES[1], optimiser, "f(1 - rate * self.decay)", "f(1 - self.decay)"),
+    (CASES[1], optimiser, "decaying = min(max(weights - start, 0), p.size)", "decaying = p.size"),
+    (CASES[2], optimiser, "decaying = min(max(weights - start, 0), p.size)", "decaying = min(weights, p.size)"),
+    (CASES[2], optimiser, "for start in range(0, parameters.size,", "for start in range(0, weights,"),
+    (CASES[3], optimiser, "momentum=self.momentum", "momentum=0.9"),
+    (CASES[4], optimiser, "momentum=self.momentum, decay=self.decay", "momentum=self.momentum, decay=0"),
+    (CASES[4], reference, "np.float32(rate * decay)", "np.float32(decay)"),
+])
+def test_another_rule_is_noticed(case, module, line, fault):
+    assert_notices(lambda: check_rule(*case), module, line, fault)
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_a_rule_goes_on_from_a_copy_of_its_state(name):
+    def new(like):
+        return Adam(like, decay=0.1) if name == "adam" else Momentum(like, momentum=0.8, decay=0.1)
+
+    rng = np.random.default_rng(3)
+    one = rng.standard_normal(11).astype(np.float32)
+    first = new(one)
+    first.step(one, rng.standard_normal(11).astype(np.float32), weights=5, scale=1, rate=0.1)
+    two, second = one.copy(), new(one)
+    for key, array in first.state.items():
+        second.state[key][...] = array
+    gradient = rng.standard_normal(11).astype(np.float32)
+    first.step(one, gradient.copy(), weights=5, scale=1, rate=0.1)
+    second.step(two, gradient.copy(), weights=5, scale=1, rate=0.1)
+    assert np.array_equal(one, two)
+
+
+def check_schedules():
+    for name in ("constant", "linear", "exponential", "cosine"):
+        end = 1.0 if name == "constant" else 0.05
+        for epochs in (2, 7):
+            rates = [schedule(name, 0.4, 0.05, epoch, epochs) for epoch in range(epochs)]
+            assert rates[0] == pytest.approx(0.4, rel=1e-12)
+            assert rates[-1] == pytest.approx(0.4 * end, rel=1e-12)
+            assert rates == sorted(rates, reverse=True)
+            assert all(type(rate) is float for rate in rates)
+        assert schedule(name, 0.4, 0.05, 0, 1) == 0.4  # an only epoch is the first
+    # half-way: the arithmetic mean, the geometric mean, the arithmetic mean
+    assert schedule("linear", 0.4, 0.05, 3, 7) == pytest.approx(0.4 * 1.05 / 2, rel=1e-12)
+    assert schedule("exponential", 0.4, 0.05, 3, 7) == pytest.approx(0.4 * 0.05**0.5, rel=1e-12)
+    assert schedule("cosine", 0.4, 0.05, 3, 7) == pytest.approx(0.4 * 1.05 / 2, rel=1e-12)
+    # a third of the way cos is 1/2
+    assert schedule("cosine", 0.4, 0.05, 2, 7) == pytest.approx(0.4 * (0.05 + 0.95 * 0.75), rel=1e-12)
+
+
+def test_schedules_begin_at_the_rate_and_end_at_its_fraction():
+    check_schedules()
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    ("epoch / (epochs - 1)", "epoch / epochs"),
+    ("rate * (1 - t * (1 - end))", "rate * (1 - t * end)"),
+    ("rate * end**t", "rate * end ** (t * t)"),
+    ("np.cos(np.pi * t)", "np.cos(np.pi * t / 2)"),
+    ("if epochs > 1 else 0.0", "if epochs > 1 else 1.0"),
+])
+def test_another_schedule_is_noticed(line, fault):
+    assert_notices(check_schedules, optimiser, line, fault)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule: must be constant, linear, exponential or cosine; got step"):
+        schedule("step", 1.0, 0.5, 0, 3)
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    found = doctest.testmod(optimiser)
+    assert found.attempted
+    assert not found.failed
