@@ -1,6 +1,6 @@
 // sigmoid: 1 / (1 + exp(-x)), without overflow: exp(-x) may become infinite, and then the result is 0.
 //
-// Numerics: expf and a rounded division, no fast intrinsics; relative error below 4e-7 for x > -87, absolute below 1.2e-7.
+// Numerics: expf and a rounded division, no fast intrinsics; relative error below 4e-7 for x > -87, absolute below 1.5e-7.
 // Twin: reference.sigmoid
 #pragma once
 

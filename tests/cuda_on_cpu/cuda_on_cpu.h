@@ -27,7 +27,6 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
-#include <random>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -157,7 +156,7 @@ struct Block {  // one for each OS thread, set up anew for each block it runs
     std::vector<Warp> warps;
     Context home, nowhere;  // the OS thread's own context; a place to save a context that is never resumed
     char* stacks;
-    std::mt19937 random;
+    uint32_t random;  // state of the random schedule
     unsigned current, alive, arrived, votes, last_votes;
     Place barrier;  // the one that threads wait at, if arrived > 0
 
@@ -205,7 +204,8 @@ inline int next_ready()
 {
     unsigned n = block->fibers.size(), start = block->current;
     bool reverse = block->launch->schedule == Schedule::reverse;
-    if (block->launch->schedule == Schedule::random) start = block->random() % n;
+    if (block->launch->schedule == Schedule::random)
+        start = (block->random = block->random * 1664525u + 1013904223u) / 256 % n;
     for (unsigned k = 1; k <= n; k++) {
         unsigned i = (reverse ? start + n - k : start + k) % n;
         if (block->fibers[i].state == State::ready) return i;
@@ -387,7 +387,7 @@ inline void run_blocks(Launch& launch, unsigned first, unsigned step)
         b.stacks = static_cast<char*>(stacks);
         b.alive = threads;
         b.arrived = b.votes = b.last_votes = 0;
-        b.random.seed(launch.seed + q);
+        b.random = launch.seed + q;
         std::memset(dynamic_shared, 0xFF, launch.shared_bytes);
         for (unsigned w = 0; w < warps; w++) {
             unsigned lanes = std::min(32u, threads - 32 * w);

@@ -7,51 +7,27 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from gpudbn import cuda, draws, reference
+from gpudbn import cuda, draws
 from tests.cuda_on_cpu import runtime
-from tests.helpers import assert_close
-from tests.kernel_report import record
+from tests.kernel_checks import (
+    CD_SIZES,
+    COLUMNS,
+    EPS,
+    FAR,
+    LARGE_TILES,
+    NEAR,
+    SIZES,
+    SMALL_TILES,
+    check_bernoulli,
+    check_cd_sums,
+    check_cd_update,
+    check_half_step,
+    check_momentum_step,
+    check_sigmoid,
+    check_uniforms,
+)
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=f"kernels on the CPU: {runtime.why_not()}")
-
-LARGE_TILES, SMALL_TILES = 1, 10**9  # processors of a chip that chooses them
-EPS = 2.0**-24
-PADDING = 64  # NaNs on either side of every array: a kernel that reads beyond is poisoned, one that writes is seen
-
-FAR = {"seed": 2**63 + 12345, "update": 2**32 - 1, "site": 2**32 - 2, "row": 2**33 + 5}
-NEAR = {"seed": 7, "update": 3, "site": draws.site(draws.Purpose.CD, 1, 2), "row": 0}
-
-# B, n, m: one, primes, whole tiles, multiples of 4 with tails
-SIZES = [(1, 1, 1), (5, 3, 2), (17, 131, 37), (37, 67, 131), (16, 128, 32), (70, 200, 92)]
-# column, columns: a whole layer, a shard, shards that begin in the middle of a Philox block
-COLUMNS = [(0, None), (16, 1001), (3, 157), (6, None)]
-
-
-class Padded:
-    """Makes arrays that lie between NaNs; ``check`` sees whether the NaNs are still there.
-
-    ``offset`` floats are put before each: 1 makes addresses that are no multiples of 16 bytes.
-    """
-
-    def __init__(self, offset=0):
-        self.offset = PADDING + offset
-        self.buffers = []
-
-    def __call__(self, values):
-        values = np.asarray(values, np.float32)
-        buffer = np.full(self.offset + values.size + PADDING, np.nan, np.float32)
-        inside = buffer[self.offset : self.offset + values.size]
-        inside[:] = values.ravel()
-        self.buffers.append((buffer, values.size))
-        return inside.reshape(values.shape)
-
-    def empty(self, *shape):
-        return self(np.full(shape, np.nan))
-
-    def check(self):
-        for buffer, size in self.buffers:
-            assert np.isnan(buffer[: self.offset]).all(), "wrote before an array"
-            assert np.isnan(buffer[self.offset + size :]).all(), "wrote behind an array"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +39,13 @@ def launchers():
     for launcher in both.values():
         launcher.compile_all()
     return both
+
+
+def test_parameters_are_what_the_launcher_casts_to(launchers):
+    for (unit, kernel), function in launchers["small"]._functions.items():
+        codes = ["*f4" if to is cuda.POINTER else f"{np.dtype(to).kind}{np.dtype(to).itemsize}"
+                 for to in cuda.KERNELS[kernel][1]]
+        assert function.parameters == codes, (unit, kernel)
 
 
 # ------------------------------------------------------------------------------------------------------- draws
@@ -106,16 +89,6 @@ def test_uniforms_at_the_published_vectors(launchers, counter, key, words):
     assert out.tolist() == [[(word >> 8) * EPS for word in words]]
 
 
-def check_uniforms(launcher, B, m, address, column, columns, offset=0):
-    padded = Padded(offset)
-    out, expected = padded.empty(B, m), np.empty((B, m), np.float32)
-    assert launcher.uniforms(out, **address, column=column, columns=columns) is out
-    draws.uniforms(expected, **address, column=column, columns=columns)
-    padded.check()
-    assert np.array_equal(out, expected)
-    record("uniforms", "on CPU")
-
-
 @pytest.mark.parametrize("schedule", runtime.SCHEDULES)
 @pytest.mark.parametrize(("column", "columns"), COLUMNS)
 def test_uniforms(launchers, column, columns, schedule):
@@ -127,21 +100,6 @@ def test_uniforms(launchers, column, columns, schedule):
         check_uniforms(launchers["small"], 5, 8, FAR, column, columns, offset=1)
 
 
-def check_bernoulli(launcher, B, m, address, column, columns, in_place=False):
-    padded, rng = Padded(), np.random.default_rng(B + m)
-    u = draws.uniforms(np.empty((B, m), np.float32), **address, column=column, columns=columns)
-    p = rng.random((B, m)).astype(np.float32)
-    p[0, 0] = u[0, 0]  # u < p is false
-    p[-1, -1] = np.nextafter(u[-1, -1], np.float32(2)) if p.size > 1 else p[0, 0]  # true by a hair
-    mean = padded(p)
-    sample = mean if in_place else padded.empty(B, m)
-    assert launcher.bernoulli(sample, mean, **address, column=column, columns=columns) is sample
-    padded.check()
-    assert np.array_equal(sample, (u < p).astype(np.float32))
-    assert in_place or np.array_equal(mean, p)
-    record("bernoulli", "on CPU")
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("column", "columns"), COLUMNS)
 def test_bernoulli(launchers, column, columns, in_place):
@@ -150,30 +108,6 @@ def test_bernoulli(launchers, column, columns, in_place):
 
 
 # --------------------------------------------------------------------------------------------------- half_step
-
-
-def check_half_step(launcher, B, n, m, *, transpose=False, address=FAR, column=0, columns=None, sample=True, mean=True,
-                    offset=0):
-    """Means to the rounding of a float32 sum, samples except where |u - p| < 1e-6, both against float64."""
-    padded, rng = Padded(offset), np.random.default_rng([B, n, m])
-    x, W = padded(rng.random((B, n))), padded(rng.normal(0, 0.3, (m, n) if transpose else (n, m)))
-    bias = padded(rng.normal(0, 1, m))
-    s, p = padded.empty(B, m) if sample else None, padded.empty(B, m) if mean else None
-    before = [a.copy() for a in (x, W, bias)]
-    launcher.half_step(s, p, x, W, bias, transpose=transpose, **address, column=column, columns=columns)
-    padded.check()
-    assert all(np.array_equal(a, b) for a, b in zip((x, W, bias), before, strict=True)), "an input was changed"
-
-    factor = (W.T if transpose else W).astype(np.float64)
-    exact = 1 / (1 + np.exp(-(x @ factor + bias)))
-    if mean:
-        rounding = EPS * (2 + np.abs(x) @ np.abs(factor) + np.abs(bias))
-        assert_close(p / rounding, exact / rounding, atol=1.0)
-    if sample:
-        u = draws.uniforms(np.empty((B, m), np.float32), **address, column=column, columns=columns)
-        assert np.isin(s, (0, 1)).all()
-        assert not ((s != (u < exact)) & (np.abs(u - exact) > 1e-6)).any(), "samples differ"
-    record("half_step_transposed" if transpose else "half_step", "on CPU")
 
 
 @pytest.mark.parametrize("schedule", runtime.SCHEDULES)
@@ -232,43 +166,6 @@ def test_half_step_of_nothing(launchers):
 # --------------------------------------------------------------------------------------- gradient and the step
 
 
-def cd_case(n, m, rows, C, padded, binary=False):
-    rng = np.random.default_rng([n, m, rows])
-    v, h = rng.random((rows + C, n)), rng.random((rows + C, m))
-    return (padded(v < 0.5), padded(h < 0.5)) if binary else (padded(v), padded(h))
-
-
-def exact_sums(v, h, rows, w):
-    """In float64, with the error float32 may make of them: half a unit in the last place a term, as a random walk."""
-    v, h = v.astype(np.float64), h.astype(np.float64)
-    sign = np.where(np.arange(len(v)) < rows, 1.0, -w)[:, None]
-    sums = v.T @ (sign * h), (sign * v).sum(0), (sign * h).sum(0)
-    size = np.abs(v).T @ np.abs(sign * h), np.abs(sign * v).sum(0), np.abs(sign * h).sum(0)
-    rounding = 2 + np.sqrt(len(v))
-    return np.concatenate([s.ravel() for s in sums]), EPS * rounding * np.concatenate([s.ravel() for s in size])
-
-
-def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False):
-    padded = Padded(offset)
-    v, h = cd_case(n, m, rows, C, padded, binary)
-    dW, db, dc = padded.empty(n, m), padded.empty(n), padded.empty(m)
-    launcher.cd_sums(dW, db, dc, v, h, rows, model_weight=w)
-    padded.check()
-    exact, error = exact_sums(v, h, rows, np.float32(w))
-    got = np.concatenate([dW.ravel(), db, dc])
-    assert_close(got / (error + 1e-30), exact / (error + 1e-30), atol=1.0)
-    if binary:
-        twin = np.empty_like(dW), np.empty_like(db), np.empty_like(dc)
-        reference.cd_sums(*twin, v, h, rows, model_weight=w)
-        assert np.array_equal(got, np.concatenate([a.ravel() for a in twin]))
-    record("cd_sums", "on CPU")
-
-
-# n, m, rows, C: one, primes, whole tiles, multiples of 4 with tails, one phase alone
-CD_SIZES = [(1, 1, 1, 1), (3, 2, 5, 4), (37, 131, 17, 17), (131, 67, 41, 7), (64, 32, 32, 32), (92, 60, 70, 70),
-            (31, 31, 3, 0), (5, 7, 0, 3)]
-
-
 @pytest.mark.parametrize("schedule", runtime.SCHEDULES)
 @pytest.mark.parametrize("tiles", ["small", "large"])
 def test_cd_sums(launchers, tiles, schedule):
@@ -283,31 +180,6 @@ def test_cd_sums_of_samples_are_exact(launchers, tiles):
     check_cd_sums(launchers[tiles], 37, 131, 41, 41, w=1.0, binary=True)
 
 
-def check_step(launch, padded, size, weights, gradient, error, *, rate=0.3, scale=1.0, momentum=0.9, decay=0.01):
-    """velocity and parameters to rounding against float64."""
-    rng = np.random.default_rng(size)
-    parameters, velocity = padded(rng.normal(size=size)), padded(rng.normal(size=size))
-    p, u = parameters.astype(np.float64), velocity.astype(np.float64)
-    launch(parameters, velocity, rate=rate, momentum=momentum, decay=decay)
-    padded.check()
-    new_u = momentum * u + rate * scale * gradient - rate * decay * np.where(np.arange(size) < weights, p, 0)
-    error = rate * scale * error + 4 * EPS * (np.abs(u) + np.abs(rate * scale * gradient) + np.abs(p))
-    assert_close(velocity / error, new_u / error, atol=1.0)
-    assert_close(parameters / error, (p + new_u) / error, atol=1.5)
-
-
-def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, **step):
-    padded = Padded(offset)
-    v, h = cd_case(n, m, rows, C, padded)
-    exact, error = exact_sums(v, h, rows, np.float32(w))
-
-    def launch(parameters, velocity, **numbers):
-        launcher.cd_update(parameters, velocity, None, n, m, v, h, rows, model_weight=w, **numbers)
-
-    check_step(launch, padded, n * m + n + m, n * m, exact, error, scale=1 / rows, **step)
-    record("cd_update", "on CPU")
-
-
 @pytest.mark.parametrize("schedule", runtime.SCHEDULES)
 @pytest.mark.parametrize("tiles", ["small", "large"])
 def test_cd_update(launchers, tiles, schedule):
@@ -316,17 +188,6 @@ def test_cd_update(launchers, tiles, schedule):
             check_cd_update(launchers[tiles], *sizes)
     check_cd_update(launchers[tiles], 32, 36, 17, 17, offset=1)
     check_cd_update(launchers[tiles], 37, 31, 17, 17, momentum=0.0, decay=0.0)
-
-
-def check_momentum_step(launcher, size, weights, **numbers):
-    padded = Padded()
-    gradient = padded(np.random.default_rng(1).normal(size=size))
-
-    def launch(parameters, velocity, **step):
-        launcher.momentum_step(parameters, velocity, gradient, weights=weights, scale=0.25, **step)
-
-    check_step(launch, padded, size, weights, gradient.astype(np.float64), 0.0, scale=0.25, **numbers)
-    record("momentum_step", "on CPU")
 
 
 def test_momentum_step(launchers):
@@ -343,15 +204,7 @@ def test_momentum_step_leaves_infinite_parameters_alone_without_decay(launchers)
 
 
 def test_sigmoid(launchers):
-    x = np.concatenate([np.linspace(-120, 120, 4999), [-1e38, 1e38, 0]]).astype(np.float32)
-    exact = 1 / (1 + np.exp(-np.clip(x.astype(np.float64), -700, 700)))
-    padded = Padded()
-    y = padded(x.reshape(2, -1))
-    assert launchers["small"].sigmoid(y) is y
-    padded.check()
-    assert_close(y.ravel(), exact, atol=1.2e-7)
-    assert_close(y.ravel()[x > -80], exact[x > -80], rtol=4e-7)
-    record("sigmoid", "on CPU")
+    check_sigmoid(launchers["small"])
 
 
 # -------------------------------------------------------------------------------------------- planted faults
