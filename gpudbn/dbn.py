@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -224,7 +225,9 @@ def load(path: str | Path, xp: ModuleType = np) -> DBN:
         If the file is missing, cut short, of a newer format or not a model.
     """
     path = Path(path)
-    found, about = checkpoint.read(path / "model.safetensors" if path.is_dir() else path, kind="model")
+    with suppress(OSError):  # a folder that may not be entered: ``read`` says so
+        path = path / "model.safetensors" if path.is_dir() else path
+    found, about = checkpoint.read(path, kind="model")
     try:
         dbn = DBN(about.pop("sizes"), xp)
         dbn.set_arrays(found)

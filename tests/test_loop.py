@@ -28,8 +28,8 @@ def small_data(rows=71, n=13, classes=3, seed=0):
 
 
 def small_settings(**changes):
-    base = {"layers": (11, 7), "epochs": 3, "batch": 8, "finetune_epochs": 4, "finetune_batch": 10, "momentum_epochs": 1,
-            "input_dropout": 0.1, "finetune_patience": 2, "learning_rate": 0.1}
+    base = {"layers": (11, 7), "epochs": 3, "batch": 8, "finetune_epochs": 4, "finetune_batch": 10,
+            "momentum_epochs": 1, "input_dropout": 0.1, "finetune_patience": 2, "learning_rate": 0.1}
     return Settings(**{**base, **changes})
 
 
@@ -149,7 +149,7 @@ def test_blocks_of_a_fixed_order_do_not_depend_on_the_number_of_replicas():
                       for p in run._pieces(phase, np.arange(17))]
         return found
     assert blocks(1) == blocks(2) == blocks(3) == blocks(4) == blocks(7)
-    assert sum((b[0] for b in blocks(3)), []) == list(range(17))
+    assert [row for block in blocks(3) for row in block[0]] == list(range(17))
 
 
 def test_the_best_epoch_on_the_validation_rows_is_kept_and_training_stops_without_progress():

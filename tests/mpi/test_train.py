@@ -1,0 +1,174 @@
+"""The whole command under mpirun: what it learns, the promise of equal bits, and how it ends when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpudbn import checkpoint, load
+from tests.mpi.job import ENVIRONMENT, mpirun
+
+pytestmark = pytest.mark.mpi
+SMALL = ["--layers", 20, 12, "--epochs", 2, "--finetune-epochs", 3, "--batch", 40, "--plots", "off"]
+
+
+def start(ranks, *arguments):
+    launcher = [mpirun(), "-n", str(ranks)] if ranks else []
+    return subprocess.Popen([*launcher, sys.executable, "-m", "gpudbn.train", *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT,
+                            start_new_session=True)
+
+
+def finish(process, timeout=90):
+    """Exit code, output and errors; a job that does not end is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"not done in {timeout} s\n{out}\n{err}") from None
+    return process.returncode, out, err
+
+
+def train(ranks, *arguments):
+    code, out, err = finish(start(ranks, *arguments))
+    assert code == 0, f"{out}\n{err}"
+    return out
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def error_of(folder):
+    return next(r["error"] for r in records(folder) if r["phase"] == "test")
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "pcd", "--k", 2, "--up", "mean", "--optimiser", "sgd"]])
+def test_with_a_fixed_order_one_two_and_four_replicas_end_a_whole_run_with_the_same_bits(options, tmp_path):
+    models = []
+    for ranks in (0, 2, 4):
+        out = tmp_path / str(ranks)
+        train(ranks, *SMALL, *options, "--mode", "sync", "--order", "fixed", "--out", out)
+        models.append((load(out).arrays(), [{k: v for k, v in r.items() if k != "seconds"}
+                                            for r in records(out) if r["phase"] != "report"]))
+    for arrays, seen in models[1:]:
+        assert seen == models[0][1]
+        for name, array in models[0][0].items():
+            assert np.array_equal(array, arrays[name]), name
+
+
+def test_without_a_fixed_order_replicas_start_alike_and_learn_as_much(tmp_path):
+    train(0, "--mode", "sync", "--out", tmp_path / "alone", "--plots", "off", "--finetune-epochs", 20)
+    train(3, "--mode", "sync", "--out", tmp_path / "three", "--plots", "off", "--finetune-epochs", 20)
+    alone, three = records(tmp_path / "alone"), records(tmp_path / "three")
+    assert abs(alone[0]["free_energy_train"] - three[0]["free_energy_train"]) < 0.05
+    assert error_of(tmp_path / "alone") < 0.07
+    assert error_of(tmp_path / "three") < 0.07
+
+
+@pytest.fixture(scope="module")
+def asynchronous(tmp_path_factory):
+    """A run of a server and two replicas with the defaults."""
+    out = tmp_path_factory.mktemp("async") / "run"
+    return out, train(3, "--out", out, "--plots", "off", "--finetune-epochs", 30)
+
+
+def test_a_server_and_two_replicas_learn_the_digits(asynchronous):
+    out, said = asynchronous
+    assert "2 asynchronous replicas around a parameter server" in said
+    assert error_of(out) < 0.07
+    assert load(out).predict(np.zeros((2, 64))).shape == (2,)
+
+
+def test_an_asynchronous_run_tells_what_it_did(asynchronous):
+    out, _ = asynchronous
+    report = next(r for r in records(out) if r["phase"] == "report")
+    assert report["pushes"] > 100
+    assert report["pulls"] >= report["pushes"]
+    assert sum(report["staleness"]) >= 2 * report["pushes"] - 1
+    assert report["bytes"]["sent"] > 0
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_rank_that_is_killed_ends_the_job_and_the_run_can_go_on(mode, tmp_path):
+    out = tmp_path / "run"
+    process = start(3, "--mode", mode, "--out", out, "--epochs", 60, "--finetune-epochs", 3, "--plots", "off",
+                    "--layers", 50, "--checkpoint-seconds", 0)
+    for line in process.stdout:
+        if line.startswith("layer 1   epoch   5"):
+            break
+    found = subprocess.run(["pgrep", "-f", f"gpudbn.train.*{out}"], text=True, capture_output=True, check=True)
+    ranks = [int(p) for p in found.stdout.split() if Path(f"/proc/{p}/cmdline").read_text().startswith(sys.executable)]
+    assert len(ranks) == 3
+    os.kill(ranks[-1], signal.SIGKILL)
+    begun = time.monotonic()
+    code, _, _ = finish(process, timeout=30)
+    assert code != 0
+    assert time.monotonic() - begun < 20
+    _, meta = checkpoint.read(out / "checkpoint.safetensors", "checkpoint")
+    assert meta["epoch"] >= 4
+    said = train(3, "--resume", out)
+    assert "layer 1   epoch   1/" not in said
+    assert [r["epoch"] for r in records(out) if r["phase"] == "pretrain"] == list(range(1, 61))
+
+
+def test_a_synchronous_run_resumed_ends_with_the_bits_of_one_that_never_stopped(tmp_path):
+    options = [*SMALL, "--mode", "sync", "--method", "pcd", "--checkpoint-seconds", 0, "--order", "fixed"]
+    train(3, *options, "--out", tmp_path / "whole")
+    process = start(3, *options, "--epochs", 40, "--out", tmp_path / "cut")
+    for line in process.stdout:
+        if line.startswith("layer 2   epoch   3"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    finish(process)
+    _, meta = checkpoint.read(tmp_path / "cut/checkpoint.safetensors", "checkpoint")
+    assert meta["index"] == 1
+    train(3, "--resume", tmp_path / "cut")
+    train(3, *options, "--epochs", 40, "--out", tmp_path / "again")
+    for name, array in load(tmp_path / "again").arrays().items():
+        assert np.array_equal(array, load(tmp_path / "cut").arrays()[name]), name
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--data", "digit"], 2, "data: must be digits, mnist"),
+    (["--layers", "0"], 2, "--layers: must be at least 1; got 0"),
+    (["--out", "/proc/gpudbn"], 2, "must be a folder that can be made"),
+    (["--learning-rate", "1e30", "--decay", "1e-3"], 3, "layer 1: parameters must stay finite"),
+    (["--resume", "nowhere"], 2, "--resume: must be a run folder"),
+])
+def test_what_is_wrong_ends_all_ranks_within_seconds_and_is_said(mode, arguments, code, message, tmp_path):
+    extra = [*SMALL, "--mode", mode] if "--resume" not in arguments else []
+    out = ["--out", str(tmp_path / "run")] if not {"--out", "--resume"} & set(arguments) else []
+    begun = time.monotonic()
+    got, _, err = finish(start(3, *extra, *arguments, *out), timeout=30)
+    assert time.monotonic() - begun < 20
+    assert got == code, err
+    assert message in err
+    assert "Traceback" not in err
+    if code == 2:
+        assert err.count(message) == 1, "said once, not by every rank"
+
+
+def test_more_replicas_than_rows_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.eye(5, dtype=np.float32))
+    got, _, err = finish(start(4, "--data", tmp_path / "x.npy", "--finetune-epochs", 0, "--validation", 1, "--test", 2,
+                               "--out", tmp_path / "run"), timeout=30)
+    assert got == 2
+    assert "must have at least one training row a replica; got 2 rows for 3 replicas" in err
+
+
+def test_asynchronous_needs_a_replica_and_refuses_a_fixed_order(tmp_path):
+    got, _, err = finish(start(3, "--order", "fixed", "--out", tmp_path / "run"), timeout=30)
+    assert got == 2
+    assert "--order: must be fast with --mode async" in err
+    assert train(1, *SMALL, "--out", tmp_path / "one"), "one rank is a single process"
