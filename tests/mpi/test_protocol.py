@@ -1,0 +1,236 @@
+"""Server and replicas in one process, without MPI: every step of the protocol is chosen by the test.
+
+The window is plain memory. What a reader may see of it while the server writes is modelled by the
+states between the server's calls of ``sync``: there any part of its stores may be visible.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+import numpy as np
+from gpudbn.mpi import replica as replica_module
+from gpudbn.mpi import server as server_module
+from gpudbn.mpi.replica import Asynchronous
+from gpudbn.mpi.server import Server
+from gpudbn.mpi.wire import Tally
+
+
+class FakeWindow:
+    """The server's memory, as the server sees it; ``states`` keeps a copy at each ``sync`` if it is a list."""
+
+    def __init__(self, wire, nbytes):
+        if wire.rank == 0:
+            wire.job.memory = np.zeros(nbytes, np.uint8)
+        self.job = wire.job
+        assert self.job.memory.nbytes == nbytes, "the ranks disagree about the layout"
+
+    @property
+    def memory(self):
+        return self.job.memory
+
+    def put(self, array, offset):
+        self.memory[offset : offset + array.nbytes] = array.view(np.uint8)
+
+    def get(self, array, offset):
+        array.view(np.uint8)[...] = self.memory[offset : offset + array.nbytes]
+
+    def read(self, offset):
+        return int(self.memory[offset : offset + 8].view(np.int64)[0])
+
+    def sync(self):
+        if self.job.states is not None:
+            self.job.states.append(self.memory.copy())
+
+
+class FakeWire:
+    """Messages between the server and the replicas; barriers are the test's business."""
+
+    def __init__(self, job, rank):
+        self.job, self.rank, self.size = job, rank, job.ranks
+        self.label, self.tally = "", Tally()
+
+    def split(self, color):
+        wire = FakeWire(self.job, self.rank - color)
+        wire.size = self.job.ranks - 1 if color else 1
+        return wire
+
+    def local_rank(self):
+        return self.rank
+
+    def barrier(self):
+        pass
+
+    def send(self, array, to, tag=0):
+        self.job.messages[self.rank, to, tag].append(array.copy())
+
+    def recv(self, array, source, tag=0):
+        queue = self.job.messages[source, self.rank, tag]
+        if source == 0:
+            self.job.answer()
+        array[...] = queue.popleft()
+
+
+class Job:
+    """A server and its replicas. ``lazy``: the server takes changes only when the test says so."""
+
+    def __init__(self, monkeypatch, replicas, size, rule=None):
+        monkeypatch.setattr(server_module, "Window", FakeWindow)
+        monkeypatch.setattr(replica_module, "Window", FakeWindow)
+        self.ranks = replicas + 1
+        self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
+        self.states = None
+        self.server = Server(FakeWire(self, 0), size, rule)
+        self.replicas = [Asynchronous(FakeWire(self, rank), size) for rank in range(1, self.ranks)]
+
+    def answer(self):
+        for (source, to, tag), queue in self.messages.items():
+            if to == 0 and queue:
+                self.server._answer(source, tag)
+
+    def begin(self, size):
+        """All replicas begin with zeros; their parameters and copies of them."""
+        parameters = [np.zeros(size, np.float32) for _ in self.replicas]
+        for one, own in zip(self.replicas, parameters, strict=True):
+            one.begin(own)
+        return parameters, [own.copy() for own in parameters]
+
+    def staleness(self):
+        return np.flatnonzero(self.server._staleness).tolist(), self.server._staleness.sum()
+
+
+def test_my_change_is_added_only_while_the_server_has_not_published_it(monkeypatch):
+    job = Job(monkeypatch, 1, 8)
+    (one,), ((p,), (before,)) = job.replicas, job.begin(8)
+    p += 5
+    one.exchange(p, before)  # the server sleeps: the pull does not contain it
+    assert (p == 5).all()
+    assert (before == 5).all()
+    assert job.server._take()
+    assert not job.server._take()
+    assert (job.server._parameters == 5).all()
+
+    put = FakeWindow.put
+    monkeypatch.setattr(FakeWindow, "put", lambda self, array, offset: (put(self, array, offset), job.server._take()))
+    p += 2
+    one.exchange(p, before)  # the server is quick: the pull contains it
+    assert (p == 7).all()
+    assert (before == 7).all()
+    assert (job.server._parameters == 7).all()
+
+
+def test_staleness_counts_the_changes_of_others(monkeypatch):
+    job = Job(monkeypatch, 2, 8)
+    (a, b), (p, before) = job.replicas, job.begin(8)
+
+    def give(one, fetch):
+        p[one.replica] += 1
+        one.exchange(p[one.replica], before[one.replica], fetch=fetch)
+        assert job.server._take()
+
+    for fetch in (True, False, False, True, True):
+        give(a, fetch)  # alone so far: never stale
+    assert job.staleness() == ([0], 5)
+    give(b, True)  # computed on version 0
+    assert job.staleness() == ([0, 5], 6)
+    give(b, True)  # on 5, its own added to it
+    give(a, True)  # has not seen the two of b
+    assert job.staleness() == ([0, 2, 5], 8)
+
+
+def test_several_full_mailboxes_are_taken_in_turns_and_published_once(monkeypatch):
+    order = []
+
+    def note(parameters, change, staleness):  # noqa: ARG001
+        order.append(int(change[0]))
+
+    job = Job(monkeypatch, 3, 8, note)
+    p, before = job.begin(8)
+    for _ in range(3):
+        for one, own, old in zip(job.replicas, p, before, strict=True):
+            own[:] = old + np.float32(10 + one.replica)
+            one.exchange(own, old, fetch=False)
+        turn = int(job.server._turn[0])
+        assert job.server._take()
+        assert job.server._turn[0] == turn + 2
+    assert order == [10, 11, 12, 11, 12, 10, 12, 10, 11]
+
+
+def test_a_rule_gets_parameters_change_and_staleness(monkeypatch):
+    def halve(parameters, change, staleness):
+        parameters += change / (1 + staleness)
+
+    job = Job(monkeypatch, 2, 4, rule=halve)
+    (a, b), (p, before) = job.replicas, job.begin(4)
+    for one in (a, b):
+        p[one.replica] += 1
+        one.exchange(p[one.replica], before[one.replica])
+    job.server._take()
+    assert (job.server._parameters == 1.5).all()
+
+
+def visible(states, generator):
+    """States of memory that others may see, in order: at each sync, and mixtures of two neighbours."""
+    for old, new in itertools.pairwise(states):
+        yield old
+        cut = 8 * int(generator.integers(old.size // 8))
+        yield np.concatenate([new[:cut], old[cut:]])
+        yield np.concatenate([old[:cut], new[cut:]])
+        words = generator.random(old.size // 8) < 0.5
+        yield np.where(np.repeat(words, 8), new, old)
+    yield states[-1]
+
+
+class Asked(Exception):  # noqa: N818
+    """A reader was too slow three times."""
+
+
+def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch, schedules=20_000):
+    """Readers are stopped anywhere for as long as one likes, the values read in two halves."""
+    job = Job(monkeypatch, 1, 16)
+    (one,), ((p,), (before,)) = job.replicas, job.begin(16)
+    job.states = [job.memory.copy()]
+    for _ in range(4):
+        p += 1
+        one.exchange(p, before, fetch=False)
+        assert job.server._take()
+    job.states.append(job.memory.copy())
+    generator = np.random.default_rng(3)
+    seen = list(visible(job.states, generator))
+
+    class Reader(FakeWindow):
+        """Time goes on between any two accesses."""
+
+        def look(self):
+            self.now = min(self.now + int(generator.choice([0, 0, 0, 1, 2, 5, 12])), len(seen) - 1)
+            job.memory = seen[self.now]
+
+        def read(self, offset):
+            self.look()
+            return super().read(offset)
+
+        def get(self, array, offset):
+            for half in np.array_split(np.arange(array.size), 2):
+                if half.size:
+                    self.look()
+                    super().get(array[half[0] : half[-1] + 1], offset + array.itemsize * int(half[0]))
+
+    def answer():
+        raise Asked
+
+    monkeypatch.setattr(job, "answer", answer)
+    one._window = window = Reader(FakeWire(job, 1), job.memory.nbytes)
+    accepted, freed = 0, np.zeros(1, np.int64)
+    for _ in range(schedules):
+        window.now = int(generator.integers(len(seen)))
+        window.get(freed, one._layout.freed)
+        try:
+            one._pull(p)
+        except Asked:
+            continue
+        accepted += 1
+        assert (p == p[0]).all(), "torn"
+        assert one._header[0] == p[0], "parameters and header of different versions"
+        assert one._contained() >= freed[0], "freed before it was published"
+    assert accepted > schedules / 2
