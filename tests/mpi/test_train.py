@@ -45,7 +45,16 @@ def train(ranks, *arguments):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(folder, epochs):
+    """Until the run has recorded so many epochs; a launcher may hold back what is printed."""
+    deadline = time.monotonic() + 30
+    while not (folder / "metrics.jsonl").exists() or len(records(folder)) < epochs:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.01)
 
 
 def error_of(folder):
@@ -103,9 +112,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_run_can_go_on(mode, tmp_path
     out = tmp_path / "run"
     process = start(3, "--mode", mode, "--out", out, "--epochs", 60, "--finetune-epochs", 3, "--plots", "off",
                     "--layers", 50, "--checkpoint-seconds", 0)
-    for line in process.stdout:
-        if line.startswith("layer 1   epoch   5"):
-            break
+    wait_for(out, epochs=5)
     found = subprocess.run(["pgrep", "-f", f"gpudbn.train.*{out}"], text=True, capture_output=True, check=True)
     ranks = [int(p) for p in found.stdout.split() if Path(f"/proc/{p}/cmdline").read_text().startswith(sys.executable)]
     assert len(ranks) == 3
@@ -125,10 +132,8 @@ def test_a_synchronous_run_resumed_ends_with_the_bits_of_one_that_never_stopped(
     options = [*SMALL, "--mode", "sync", "--method", "pcd", "--checkpoint-seconds", 0, "--order", "fixed"]
     train(3, *options, "--out", tmp_path / "whole")
     process = start(3, *options, "--epochs", 40, "--out", tmp_path / "cut")
-    for line in process.stdout:
-        if line.startswith("layer 2   epoch   3"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
+    wait_for(tmp_path / "cut", epochs=43)
+    os.killpg(process.pid, signal.SIGTERM)
     finish(process)
     _, meta = checkpoint.read(tmp_path / "cut/checkpoint.safetensors", "checkpoint")
     assert meta["index"] == 1
