@@ -93,6 +93,7 @@ KERNELS: dict[str, tuple[str, tuple[type[np.generic] | None, ...]]] = {
     "cd_sums": ("cd_update.cu", (POINTER, POINTER, POINTER, *_CD)),
     "cd_update": ("cd_update.cu", (POINTER, POINTER, *_CD, _F4, _F4, _F4)),
 }
+_FLOAT32 = np.dtype(np.float32)
 _NULL = np.uint64(0)  # what a kernel takes for an absent array
 
 
@@ -157,7 +158,7 @@ class Launcher:
         self.processors = processors
         self.device_of = device_of
         self.current_device = current_device
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}  # of a unit's kernel: function, NVTX range
 
     # ------------------------------------------------------------------------------------ compiling and launching
 
@@ -171,15 +172,16 @@ class Launcher:
             module = self.make_module(source(unit))
             for kernel, (file, _) in KERNELS.items():
                 if file == UNITS[unit]:
-                    self._functions[unit, kernel] = module.get_function(kernel)
+                    self._functions[unit, kernel] = module.get_function(kernel), span(kernel)
 
     def _launch(self, unit: str, kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         if (unit, kernel) not in self._functions:
             self._compile(unit)
         cast = tuple([(_NULL if value is None else value) if to is POINTER else to(value)
                       for to, value in zip(KERNELS[kernel][1], arguments, strict=True)])
-        with span(kernel):
-            self._functions[unit, kernel](grid, (threads,), cast)
+        function, named = self._functions[unit, kernel]
+        with named:
+            function(grid, (threads,), cast)
 
     def _launch_elementwise(self, unit: str, kernel: str, threads: int, *arguments: Any) -> None:
         """Launch for so many threads, or fewer that go round."""
@@ -193,45 +195,51 @@ class Launcher:
 
     # ------------------------------------------------------------------------------------------------- checking
 
-    def _check(self, function: str, name: str, array: Array, *shape: int | str) -> None:
-        """Refuse an array that a kernel would misread. A size given as a letter is free."""
+    def _check(self, function: str, name: str, array: Array, *shape: int | str) -> tuple[int, ...]:
+        """The shape of an array that a kernel will not misread. A size given by name is free, up to an int32."""
+        if (issubclass(type(array), self.array_type) and array.dtype == _FLOAT32 and array.flags.c_contiguous
+                and self.device_of(array) == self.current_device() and len(array.shape) == len(shape)):
+            for have, want in zip(array.shape, shape, strict=True):
+                if have != want and (not isinstance(want, str) or have > LARGEST):
+                    break
+            else:
+                return array.shape
+        raise self._refusal(function, name, array, shape)
+
+    def _refusal(self, function: str, name: str, array: Array, shape: tuple[int | str, ...]) -> Exception:
+        """Why ``_check`` refuses."""
         if not issubclass(type(array), self.array_type):
-            raise TypeError(f"{function}: {name} must be a {_kind(self.array_type)}; got {_kind(type(array))}")
-        if self.device_of(array) != self.current_device():
-            raise ValueError(f"{function}: {name} must be on the current device, {self.current_device()}; "
-                             f"got an array on device {self.device_of(array)}")
-        contiguous = array.flags.c_contiguous
-        if array.dtype != np.float32 or not contiguous or not (array.shape == shape or _fits(array.shape, shape)):
-            wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-            layout, hint = ("", "") if contiguous else ("a view of ", ". Strides are not followed: make a copy")
-            raise (TypeError if array.dtype != np.float32 else ValueError)(
-                f"{function}: {name} must be C-contiguous float32 of shape {wanted}; "
-                f"got {layout}{array.dtype} {array.shape}{hint}")
+            return TypeError(f"{function}: {name} must be a {_kind(self.array_type)}; got {_kind(type(array))}")
+        here, there = self.current_device(), self.device_of(array)
+        if here != there:
+            return ValueError(f"{function}: {name} must be on the current device, {here}; "
+                              f"got an array on device {there}")
+        wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        if max(array.shape, default=0) > LARGEST:
+            wanted += f", each size at most {LARGEST}"
+        layout, hint = "", ""
+        if not array.flags.c_contiguous:
+            layout, hint = "a view of ", ". Strides are not followed: make a copy"
+        return (ValueError if array.dtype == _FLOAT32 else TypeError)(
+            f"{function}: {name} must be C-contiguous float32 of shape {wanted}; "
+            f"got {layout}{array.dtype} {array.shape}{hint}")
 
     def _check_apart(self, function: str, written: dict[str, Array], read: dict[str, Array]) -> None:
         """Refuse outputs that overlap inputs: blocks run in no order, so an input might be overwritten before use."""
-        for name, out in written.items():
-            if out is None:
-                continue
-            start = self.address_of(out)
-            for other, array in read.items():
-                at = self.address_of(array)
-                if start < at + array.nbytes and at < start + out.nbytes:
-                    raise ValueError(f"{function}: {name} must not share memory with {other}")
-
-    def _size(self, function: str, array: Array, *names: str) -> tuple[int, ...]:
-        """The sizes of an array that is checked, each small enough for an int32 in a kernel."""
-        for name, size in zip(names, array.shape, strict=True):
-            if size > LARGEST:
-                raise ValueError(f"{function}: {name} must be at most {LARGEST}; got {size}")
-        return array.shape
+        inputs = [(name, start := self.address_of(array), start + array.nbytes) for name, array in read.items()]
+        for name, array in written.items():
+            if array is not None:
+                start = self.address_of(array)
+                end = start + array.nbytes
+                for other, other_start, other_end in inputs:
+                    if start < other_end and other_start < end:
+                        raise ValueError(f"{function}: {name} must not share memory with {other}")
 
     # ------------------------------------------------------------------------------------------------- the twins
 
     def uniforms(self, out, *, seed, update, site, row=0, column=0, columns=None):
         """See ``reference.uniforms``."""
-        self._check("uniforms", "out", out, "B", "m")
-        B, m = self._size("uniforms", out, "B", "m")
+        B, m = self._check("uniforms", "out", out, "B", "m")
         address = _address("uniforms", B, m, seed, update, site, row, column, columns)
         if out.size:
             self._launch_elementwise("draws", "uniforms", B * _quads(m, column), out, B, m, *address)
@@ -239,8 +247,7 @@ class Launcher:
 
     def bernoulli(self, sample, mean, *, seed, update, site, row=0, column=0, columns=None):
         """See ``reference.bernoulli``."""
-        self._check("bernoulli", "mean", mean, "B", "m")
-        B, m = self._size("bernoulli", mean, "B", "m")
+        B, m = self._check("bernoulli", "mean", mean, "B", "m")
         self._check("bernoulli", "sample", sample, B, m)
         address = _address("bernoulli", B, m, seed, update, site, row, column, columns)
         if mean.size:
@@ -259,12 +266,11 @@ class Launcher:
     def half_step(self, sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0,
                   columns=None):
         """See ``reference.half_step``."""
-        self._check("half_step", "W", W, *("mn" if transpose else "nm"))
-        n, m = self._size("half_step", W, *("mn" if transpose else "nm"))
         if transpose:
-            n, m = m, n
-        self._check("half_step", "x", x, "B", n)
-        B, _ = self._size("half_step", x, "B", "n")
+            m, n = self._check("half_step", "W", W, "m", "n")
+        else:
+            n, m = self._check("half_step", "W", W, "n", "m")
+        B, _ = self._check("half_step", "x", x, "B", n)
         self._check("half_step", "bias", bias, m)
         if sample is None and mean is None:
             raise ValueError("half_step: one of sample and mean must be given; got None for both")
@@ -309,10 +315,8 @@ class Launcher:
                      rate * (1 / rows), momentum, rate * decay)
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
-        self._check(function, "v", v, "rows + C", n)
-        K, n = self._size(function, v, "rows + C", "n")
-        self._check(function, "h", h, K, m)
-        _, m = self._size(function, h, "rows + C", "m")
+        K, n = self._check(function, "v", v, "rows + C", n)
+        _, m = self._check(function, "h", h, K, m)
         if not 0 <= rows <= K:
             raise ValueError(f"{function}: rows must lie between 0 and the {K} rows of v; got {rows}")
         return K, n, m
@@ -326,8 +330,8 @@ class Launcher:
 
     def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay):
         """See ``reference.momentum_step``."""
-        self._check("momentum_step", "parameters", parameters, "size")
-        size = parameters.size
+        size = getattr(parameters, "size", 0)
+        self._check("momentum_step", "parameters", parameters, size)
         self._check("momentum_step", "velocity", velocity, size)
         self._check("momentum_step", "gradient", gradient, size)
         if not 0 <= weights <= size:
@@ -341,11 +345,6 @@ class Launcher:
 
 def _kind(array_type: type) -> str:
     return f"{array_type.__module__.partition('.')[0]}.{array_type.__name__}"
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(wanted) and all(isinstance(want, str) or have == want
-                                             for have, want in zip(shape, wanted, strict=True))
 
 
 def _quads(m: int, column: int) -> int:

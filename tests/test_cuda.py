@@ -198,6 +198,8 @@ def test_arrays_of_the_wrong_kind_are_refused(launcher):
             "Strides are not followed: make a copy", lambda: half_step(f32(7, 5), None, f32(784, 7).T, W, bias))
     refused(TypeError, "half_step: x must be a numpy.ndarray; got builtins.list",
             lambda: half_step(f32(7, 5), None, [1], W, bias))
+    refused(TypeError, "momentum_step: parameters must be a numpy.ndarray; got builtins.list",
+            lambda: launcher.momentum_step([1], f32(1), f32(1), weights=1, scale=1, rate=1, momentum=0, decay=0))
     refused(TypeError, "half_step: W must be a numpy.ndarray; got builtins.NoneType",
             lambda: half_step(f32(7, 5), None, f32(7, 784), None, bias))
     refused(ValueError, "half_step: W must be C-contiguous float32 of shape (n, m); got float32 (784,)",
@@ -281,7 +283,8 @@ def test_columns_outside_the_layer_are_refused(launcher, column, columns):
 
 
 def test_sizes_beyond_the_kernels_integers_are_refused(launcher):
-    refused(ValueError, "uniforms: B must be at most 2147482624; got 2147483648",
+    refused(ValueError, "uniforms: out must be C-contiguous float32 of shape (B, m), each size at most 2147482624; "
+            "got float32 (2147483648, 0)",
             lambda: launcher.uniforms(f32(2**31, 0), **ADDRESS))
     small = Recorder(processors=10**9).launcher
     refused(ValueError, "half_step: m must be at most 2097117; got 3000000",

@@ -122,6 +122,8 @@ def _compiled(text: str) -> Path:
         key.update(part.encode())
     folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise KernelError(f"{folder} must belong to this user: code is loaded from it")
     library = folder / f"{key.hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:

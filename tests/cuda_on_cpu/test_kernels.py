@@ -42,7 +42,7 @@ def launchers():
 
 
 def test_parameters_are_what_the_launcher_casts_to(launchers):
-    for (unit, kernel), function in launchers["small"]._functions.items():
+    for (unit, kernel), (function, _) in launchers["small"]._functions.items():
         codes = ["*f4" if to is cuda.POINTER else f"{np.dtype(to).kind}{np.dtype(to).itemsize}"
                  for to in cuda.KERNELS[kernel][1]]
         assert function.parameters == codes, (unit, kernel)
@@ -205,6 +205,13 @@ def test_momentum_step_leaves_infinite_parameters_alone_without_decay(launchers)
 
 def test_sigmoid(launchers):
     check_sigmoid(launchers["small"])
+
+
+@pytest.mark.parametrize("tiles", ["small", "large"])
+def test_the_size_of_a_real_layer(launchers, tiles):
+    check_half_step(launchers[tiles], 100, 784, 500)
+    check_half_step(launchers[tiles], 100, 500, 784, transpose=True)
+    check_cd_update(launchers[tiles], 784, 500, 100, 100)
 
 
 # -------------------------------------------------------------------------------------------- planted faults
