@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpudbn.errors import UserError
 from gpudbn.mpi import launch
-from gpudbn.settings import FIELDS, Settings, _checked, _nearest, _Parser, _reader, flag, from_toml, parse
+from gpudbn.settings import FIELDS, Parser, Settings, checked, flag, from_toml, nearest, parse, reader
 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     from gpudbn.data import Rows
@@ -30,7 +30,7 @@ BLOCK = 1000  # rows that go through the network at once
 
 def command_line(prog: str, arguments: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with MODEL; ``run`` adds --device and --threads behind the command's own options."""
-    parser = _Parser(prog=prog, usage=f"{prog} {arguments}", description=description, epilog=epilog,
+    parser = Parser(prog=prog, usage=f"{prog} {arguments}", description=description, epilog=epilog,
                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     # not required here: argparse would name what is missing before an option that is misspelt
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a run, or its model.safetensors")
@@ -39,7 +39,7 @@ def command_line(prog: str, arguments: str, description: str, epilog: str) -> ar
 
 def add_number(parser: argparse.ArgumentParser, name: str, text: str, default: int | None = None) -> None:
     """An option that takes a whole number; what is none is refused by ``whole`` or the Settings' rule."""
-    parser.add_argument(flag(name), type=_reader(int), default=default, metavar="N",
+    parser.add_argument(flag(name), type=reader(int), default=default, metavar="N",
                         help=text + ("" if default is None else f" (default: {default})"))
 
 
@@ -56,7 +56,7 @@ def whole(name: str, value: object, least: int, below: int | None = None) -> Non
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse what is not among the choices, with the nearest that is."""
     if value not in choices:
-        raise UserError(f"{flag(name)}: must be one of {', '.join(choices)}; got {value}.{_nearest(value, choices)}")
+        raise UserError(f"{flag(name)}: must be one of {', '.join(choices)}; got {value}.{nearest(value, choices)}")
 
 
 def output(out: str, suffixes: Sequence[str]) -> Path:
@@ -84,7 +84,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
                             "got none. See --help")
         for name in ("device", "threads", "seed"):
             if hasattr(found, name):
-                setattr(found, name, _checked(FIELDS[name], getattr(found, name)))
+                setattr(found, name, checked(FIELDS[name], getattr(found, name)))
         check(found)
         if world is not None and world.size > 1:
             raise UserError(f"{parser.prog}: must run as one process; got {world.size} ranks. "

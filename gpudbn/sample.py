@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpudbn import _command
 from gpudbn.errors import UserError
-from gpudbn.settings import _reader
+from gpudbn.settings import reader
 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     import numpy as np
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="where the chains start: at the biases, or at rows of data (default: random)")
     parser.add_argument("--data", help="the rows of --start data, as for gpudbn.predict (default: the test rows of the "
                                        "data of the run)")
-    parser.add_argument("--seed", type=_reader(int), default=0, metavar="N",
+    parser.add_argument("--seed", type=reader(int), default=0, metavar="N",
                         help="number behind every random draw (default: 0)")
     parser.add_argument("--binary", action="store_true", help="0 and 1, drawn by the probabilities")
     parser.add_argument("--out", metavar="FILE", help="FILE.npy or FILE.png (default: samples.png in the run's folder)")

@@ -137,7 +137,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         for name in ("epochs", "learning_rate"):
             if len(getattr(self, name)) not in (1, len(self.layers)):
                 raise UserError(f"{flag(name)}: must be one number, or one for each of the {len(self.layers)} layers; "
@@ -194,7 +194,7 @@ def _plain_type(name: str) -> tuple[type, bool, bool]:
     return (get_args(hint)[0] if many else hint), many, optional
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def checked(field: dataclasses.Field, value: Any) -> Any:
     """The value with its exact type, or a UserError that names setting, rule and value."""
     kind, many, optional = _plain_type(field.name)
     if value is None and optional:
@@ -214,14 +214,15 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         choices, rule = field.metadata["choices"], field.metadata["rule"]
         if choices and item not in choices:
             raise UserError(f"{flag(field.name)}: must be one of {', '.join(choices)}; "
-                            f"got {item}.{_nearest(item, choices)}")
+                            f"got {item}.{nearest(item, choices)}")
         if rule and not rule[0](item):
             raise UserError(f"{flag(field.name)}: must {rule[1]}; got {item}")
         result.append(item)
     return tuple(result) if many else result[0]
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`` Did you mean ...?`` with the known word most like this one, or nothing."""
     close = difflib.get_close_matches(str(word), known, 1, 0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -232,18 +233,18 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"--config: must be a file that can be read; got {path} ({error.strerror})") from None
+        raise UserError(f"{path}: must be a file of settings that can be read; got '{error.strerror}'") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: must be TOML; got {error}") from None
     known = [flag(name)[2:] for name in FIELDS]
     for name in table:
         if name not in known:
-            raise UserError(f"{path}: must hold settings only; got {name}.{_nearest(name, known)}")
+            raise UserError(f"{path}: must hold settings only; got {name}.{nearest(name, known)}")
     return {name.replace("-", "_"): value for name, value in table.items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, with the nearest right name."""
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message}. See --help")
@@ -251,7 +252,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command_line(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser for every field of Settings and the run's own options."""
-    parser = _Parser(prog=prog, usage=f"{prog} [options]", description=description, epilog=epilog, allow_abbrev=False,
+    parser = Parser(prog=prog, usage=f"{prog} [options]", description=description, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     groups: dict[str, Any] = {}
     for name, field in FIELDS.items():
@@ -265,18 +266,19 @@ def command_line(prog: str, description: str, epilog: str = "") -> argparse.Argu
         word = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else (
             field.metadata["metavar"] or {int: "N", float: "X", str: "TEXT"}[kind])
         groups[group].add_argument(flag(name), dest=name, nargs="+" if many else None, default=None, metavar=word,
-                                   type=_reader(kind), help=text.replace("%", "%%"))
+                                   type=reader(kind), help=text.replace("%", "%%"))
     for name, (word, text) in RUN_OPTIONS.items():
         groups["run"].add_argument(flag(name), metavar=word, help=text)
     return parser
 
 
-def _reader(kind: type) -> Callable[[str], Any]:
+def reader(kind: type) -> Callable[[str], Any]:
+    """What argparse is to make of a text: a number if it is one; if not, ``checked`` says so in our words."""
     def read(text: str) -> Any:
         try:
             return int(text) if kind is int else float(text) if kind is float else text
         except ValueError:
-            return text  # refused with our own words by Settings
+            return text
     return read
 
 
@@ -286,7 +288,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     if unknown:
         known = [s for action in parser._actions for s in action.option_strings]
         name = unknown[0].split("=")[0]
-        raise UserError(f"{parser.prog}: must be given options it knows; got {name}.{_nearest(name, known)}")
+        raise UserError(f"{parser.prog}: must be given options it knows; got {name}.{nearest(name, known)}")
     return found
 
 

@@ -65,7 +65,7 @@ def test_settings_cannot_be_changed():
     ("--n-push 4 --n-fetch 6", "--n-fetch: must be a multiple of --n-push 4; got 6"),
     ("--layer 5", "must be given options it knows; got --layer. Did you mean --layers?"),
     ("--learning_rate 5", "got --learning_rate. Did you mean --learning-rate?"),
-    ("--config nowhere.toml", "--config: must be a file that can be read; got nowhere.toml"),
+    ("--config nowhere.toml", "nowhere.toml: must be a file of settings that can be read; got 'No such file"),
     ("--resume nowhere", "--resume: must be a run folder; got nowhere"),
     ("--resume nowhere --k 2", "--resume: must stand without --k"),
     ("--resume nowhere --out x", "--resume: must stand without --out"),
