@@ -128,6 +128,8 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
     """
     rows, m = out.shape
     columns = column + m if columns is None else columns
+    if not 0 <= column <= columns - m:  # it would take the draws of the next row
+        raise ValueError(f"uniforms: column + {m} must be at most columns; got {column} of {columns}")
     blocks = -(-columns // 4)
     if column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous:
         _stream.at(seed, update, site, row * blocks).random(out=out, dtype=np.float32)

