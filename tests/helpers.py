@@ -104,4 +104,4 @@ def joint(W, b, c):
 
 def log_likelihood(W, b, c, rows):
     """The mean of log p(v) over binary rows, in nats, exact, float64."""
-    return float(np.log(np.exp(joint(W, b, c)).sum(axis=1))[number_of(np.asarray(rows))].mean())
+    return float(np.logaddexp.reduce(joint(W, b, c), axis=1)[number_of(np.asarray(rows))].mean())
