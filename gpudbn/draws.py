@@ -86,11 +86,12 @@ class _Stream(threading.local):
         self.numbers = np.random.Generator(self.bits)
         self.state = self.bits.state
 
-    def at(self, seed: int, update: int, site: int, index: int) -> np.random.Generator:
-        """The generator, about to give the block of this counter."""
-        if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32 and 0 <= index < 1 << 64):
+    def at(self, seed: int, update: int, site: int, index: int, blocks: int) -> np.random.Generator:
+        """The generator, about to give ``blocks`` blocks from this counter on."""
+        if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32
+                and 0 <= index <= (1 << 64) - blocks):  # behind the last index lies the next update
             raise ValueError("draws: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
-                             f"got seed {seed}, index {index}, update {update}, site {site}")
+                             f"got seed {seed}, index {index} and {blocks} blocks, update {update}, site {site}")
         # randomgen increments the counter before each block
         before = ((site << 96 | update << 64 | index) - 1) & ((1 << 128) - 1)
         state = self.state
@@ -132,21 +133,23 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
         raise ValueError(f"uniforms: column + {m} must be at most columns; got {column} of {columns}")
     blocks = -(-columns // 4)
     if column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous:
-        _stream.at(seed, update, site, row * blocks).random(out=out, dtype=np.float32)
+        _stream.at(seed, update, site, row * blocks, rows * blocks).random(out=out, dtype=np.float32)
     elif column == 0 and columns == m:
-        whole = _stream.at(seed, update, site, row * blocks).random((rows, 4 * blocks), dtype=np.float32)
+        numbers = _stream.at(seed, update, site, row * blocks, rows * blocks)
+        whole = numbers.random((rows, 4 * blocks), dtype=np.float32)
         out[...] = whole[:, :m]
     else:  # part of a layer: its blocks are not neighbours from row to row
         first, last = column // 4, -(-(column + m) // 4)
         for i in range(rows):
-            numbers = _stream.at(seed, update, site, (row + i) * blocks + first)
+            numbers = _stream.at(seed, update, site, (row + i) * blocks + first, last - first)
             out[i] = numbers.random(4 * (last - first), dtype=np.float32)[column - 4 * first :][:m]
     return out
 
 
 def words(count: int, *, seed: int, update: int, site: int, row: int = 0) -> np.ndarray:
     """The ``count`` uint32 words of one row: what ``uniforms`` is made of."""
-    numbers = _stream.at(seed, update, site, row * -(-count // 4))
+    blocks = -(-count // 4)
+    numbers = _stream.at(seed, update, site, row * blocks, blocks)
     return numbers.integers(0, 1 << 32, count, dtype=np.uint32)
 
 

@@ -138,9 +138,10 @@ def test_uniforms_are_what_the_formula_says(part):
     (PARTS[5], "columns = column + m if columns is None else columns", "columns = column + m"),
     (PARTS[6], "(row + i) * blocks + first", "row * blocks + first"),
     (PARTS[7], "[column - 4 * first :][:m]", "[:m]"),
-    (PARTS[1], "at(seed, update, site, row * blocks).random(out=out", "at(seed, update, site, row).random(out=out"),
-    (PARTS[3], "at(seed, update, site, row * blocks).random((rows, 4 * blocks)",
-     "at(seed, update, site, row * 8).random((rows, 4 * blocks)"),
+    (PARTS[1], "at(seed, update, site, row * blocks, rows * blocks).random(out=out",
+     "at(seed, update, site, row, rows * blocks).random(out=out"),
+    (PARTS[3], "numbers = _stream.at(seed, update, site, row * blocks, rows * blocks)",
+     "numbers = _stream.at(seed, update, site, row * 8, rows * blocks)"),
 ])
 def test_a_wrong_address_is_noticed(part, line, fault):
     assert_notices(lambda: check_uniforms(*part), draws, line, fault)
@@ -268,7 +269,7 @@ def test_an_order_is_the_stable_argsort_of_its_words():
     ("np.argsort(words(count, seed=seed, update=update, site=site, row=row), kind=\"stable\")",
      "np.lexsort((np.arange(count)[::-1], words(count, seed=seed, update=update, site=site, row=row)))"),
     ("site=site, row=row), kind=", "site=site), kind="),
-    ("site, row * -(-count // 4))", "site, row)"),
+    ("site, row * blocks, blocks)", "site, row, blocks)"),
 ])
 def test_a_wrong_order_is_noticed(line, fault):
     assert_notices(check_permutation, draws, line, fault)
