@@ -34,9 +34,9 @@ _GAP = "gap, validation − training (nats)"
 _PANELS = (
     ("free energy (nats)", "free_energy_train", "free_energy_validation", 1),
     (_GAP, None, None, 1),
-    ("reconstruction error", "reconstruction", "validation_reconstruction", 1),
-    ("loss (nats)", "loss", "validation_loss", 1),
-    ("wrong labels (%)", "train_error", "validation_error", 100),
+    ("reconstruction error", "reconstruction_train", "reconstruction_validation", 1),
+    ("loss (nats)", "loss_train", "loss_validation", 1),
+    ("wrong labels (%)", "error_train", "error_validation", 100),
 )
 _PHASES = {"finetune": "Fine-tuning"}
 

@@ -289,7 +289,7 @@ def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
     plots.samples(run.plot("samples"), to_cpu(dbn.sample(count, steps=200, start=shown)), shown, shape,
                   "Samples: 200 Gibbs steps in the top layer, from the data")
     plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(dbn.reconstruct(shown[:20])), shape)
-    plots.curves(run.plot("curves"), run.records())
+    plots.curves(run.plot("curves"), [r for r in run.records() if r["phase"] in ("pretrain", "finetune")])
     names += ["samples", "reconstructions", "curves"]
     if dbn.classifier is not None and rows.labels is not None:
         predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])

@@ -22,10 +22,10 @@ ROWS = rng.random((17, 35), np.float32)
 LABELS, PREDICTED = rng.integers(0, 3, 101), rng.integers(0, 3, 101)
 RECORDS = [
     *({"phase": "pretrain", "layer": layer, "epoch": epoch, "update": 600 * epoch, "free_energy_train": -50.0 - epoch,
-       "free_energy_validation": -50.0 - epoch / 2, "reconstruction": 8.0 / epoch, "learning_rate": 0.1}
+       "free_energy_validation": -50.0 - epoch / 2, "reconstruction_train": 8.0 / epoch, "learning_rate": 0.1}
       for layer in (1, 2) for epoch in range(1, 6)),
-    *({"phase": "finetune", "epoch": epoch, "loss": 1 / epoch, "train_error": 0.1 / epoch,
-       "validation_loss": 1.1 / epoch, "validation_error": 0.11 / epoch} for epoch in range(1, 4))]
+    *({"phase": "finetune", "epoch": epoch, "loss_train": 1 / epoch, "error_train": 0.1 / epoch,
+       "loss_validation": 1.1 / epoch, "error_validation": 0.11 / epoch} for epoch in range(1, 4))]
 
 
 def pixels(path):
@@ -187,11 +187,11 @@ def test_odd_rows(tmp_path, rows, shape):
 
 @pytest.mark.parametrize("records", [
     [], [{}], [{"phase": None}], RECORDS[:1], RECORDS[:3], [{"epoch": 1}, {"epoch": 2}],
-    [{"loss": None, "epoch": 1}, {"loss": 2.0, "epoch": 2}, {"epoch": 3}, {"loss": 1.0}],
-    [{"phase": "pretrain", "layer": 1, "free_energy_train": float("nan"), "reconstruction": "text"}],
+    [{"loss": None, "epoch": 1}, {"loss": 2.0, "epoch": 2}, {"epoch": 3}, {"loss_train": 1.0}],
+    [{"phase": "pretrain", "layer": 1, "free_energy_train": float("nan"), "reconstruction_train": "text"}],
     [{"phase": "pretrain", "layer": 1, "epoch": 1, "free_energy_train": -1.0, "free_energy_validation": None}] * 3,
-    [{"phase": "up-down $", "layer": [1], "update": 10**12, "loss": 1e300, "validation_loss": -1e-300}],
-    [{"phase": "finetune", "epoch": 1 + i // 10, "update": i, "train_error": 0.5} for i in range(400)]])
+    [{"phase": "up-down $", "layer": [1], "update": 10**12, "loss_train": 1e300, "loss_validation": -1e-300}],
+    [{"phase": "finetune", "epoch": 1 + i // 10, "update": i, "error_train": 0.5} for i in range(400)]])
 def test_odd_records(tmp_path, records):
     plots.curves(tmp_path / "c.png", records)
     pixels(tmp_path / "c.png")
@@ -212,10 +212,10 @@ def test_no_labels_at_all(tmp_path):
 
 
 def test_several_records_an_epoch_count_updates():
-    records = [{"epoch": 1 + i // 2, "update": 10 * i, "loss": 1.0} for i in range(5)]
+    records = [{"epoch": 1 + i // 2, "update": 10 * i, "loss_train": 1.0} for i in range(5)]
     assert plots._lines(records)[:2] == (pytest.approx([0, 10, 20, 30, 40]), "update")
     assert plots._lines(records[::2])[:2] == (pytest.approx([1, 2, 3]), "epoch")
-    assert plots._lines([{"loss": 1.0}] * 2)[:2] == (pytest.approx([1, 2]), "record")
+    assert plots._lines([{"loss_train": 1.0}] * 2)[:2] == (pytest.approx([1, 2]), "record")
 
 
 def test_the_gap_of_the_free_energies_and_percent():
