@@ -29,6 +29,7 @@ Rule = Callable[[np.ndarray, np.ndarray, int], None]
 
 CONTROL, ASK, ANSWER = 1, 2, 3  # tags
 BEGIN, FINISH, FAIL = 1, 2, 3  # first word of a control message; the second is a size
+LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
 STALENESS = 32  # entries of the histogram; the last counts all that are staler
 
 
@@ -122,7 +123,7 @@ class Server:
             If the replicas agreed on an error.
         """
         started, busy = time.perf_counter(), 0.0
-        pause = Backoff()
+        pause = Backoff(LONGEST_PAUSE)
         while True:
             start = time.perf_counter()
             message = self.wire.incoming()  # also the call by which MPI makes progress for the replicas

@@ -30,6 +30,7 @@ from gpudbn.mpi import launch
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
 GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
+DRAIN = 0.3  # seconds for the launcher to pass on what a rank has printed, before the job is ended
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -41,15 +42,16 @@ class AgreedError(UserError):
 
 
 class Backoff:
-    """A pause that grows while nothing happens: none, then a turn for others, then 20 us up to 1 ms."""
+    """A pause that grows while nothing happens: none, then a turn for others, then 20 us up to ``longest`` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = 1e-3) -> None:
+        self.longest = longest
         self.count = 0
 
     def __call__(self) -> None:
         self.count += 1
         if self.count > 30:
-            time.sleep(min(20e-6 * 2.0 ** min((self.count - 30) // 8, 6), 1e-3))
+            time.sleep(min(20e-6 * 2.0 ** min((self.count - 30) // 8, 10), self.longest))
         elif self.count > 10:
             os.sched_yield()
 
@@ -481,9 +483,10 @@ def _end(error: BaseException) -> int:
     elif code == 0:
         wire.close()
     else:
-        time.sleep(min(0.1 * wire.rank, 1.0))  # where all fail alike, the first ends the others before they speak
+        time.sleep(min(2 * DRAIN * wire.rank, GRACE))  # where all fail, the first ends the others in time
         if text:
             _say(f"{wire.where}: {text}")
+            time.sleep(DRAIN)
         wire.abort(code)
     return code
 
@@ -499,6 +502,7 @@ def _end_early(text: str, code: int) -> None:
     else:
         time.sleep(GRACE)
         _say(f"rank {world.rank} of {world.size} on {socket.gethostname()}: {text}")
+    time.sleep(DRAIN)
     launch.end_job(code)
 
 

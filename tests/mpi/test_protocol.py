@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 
 import numpy as np
+
 from gpudbn.mpi import replica as replica_module
 from gpudbn.mpi import server as server_module
 from gpudbn.mpi.replica import Asynchronous
@@ -186,8 +187,9 @@ class Asked(Exception):  # noqa: N818
     """A reader was too slow three times."""
 
 
-def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch, schedules=20_000):
+def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch):
     """Readers are stopped anywhere for as long as one likes, the values read in two halves."""
+    schedules = 20_000
     job = Job(monkeypatch, 1, 16)
     (one,), ((p,), (before,)) = job.replicas, job.begin(16)
     job.states = [job.memory.copy()]
