@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(settings: Settings, *, out: str | None = None, resume: str | None = None) -> int:
     """Train as the settings say; on the server's rank, serve. Returns the exit code."""
-    from gpudbn.data import load
     from gpudbn.mpi import connect
     from gpudbn.mpi.server import Server
 
@@ -77,18 +76,34 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     if asynchronous and settings.order == "fixed":
         raise UserError("--order: must be fast with --mode async, whose replicas arrive in no fixed order; got fixed. "
                         "Use --mode sync")
-    wanted = settings.finetune_epochs > 0 and settings.finetune_data is None
-    data = load(settings.data, labels=settings.labels, validation=settings.validation, test=settings.test,
-                seed=settings.seed, need_labels=wanted)
-    labelled = load(settings.finetune_data, validation=settings.validation, test=settings.test,
-                    seed=settings.seed) if settings.finetune_data and settings.finetune_epochs else None
-    if labelled is not None and labelled.train.n != data.train.n:
-        raise UserError(f"--finetune-data: must have the {data.train.n} columns of --data; got {labelled.train.n}")
-    exchange = connect(settings.mode if ranks > 1 else "sync", _largest(settings, data, labelled))
+    loaded: list[tuple[DataSet, DataSet | None]] = []
+
+    def prepare() -> int:
+        data, labelled = _load(settings, quiet=world is not None and world.rank > asynchronous)
+        loaded.append((data, labelled))
+        return _largest(settings, data, labelled)
+
+    exchange = connect(settings.mode if ranks > 1 else "sync", prepare)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
-    return _replica(settings, data, labelled, exchange, out, resume)
+    return _replica(settings, *loaded[0], exchange, out, resume)
+
+
+def _load(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]:
+    """The data, and other labelled data for fine-tuning if there are any."""
+    from gpudbn.data import load
+
+    split: dict[str, Any] = {"validation": settings.validation, "test": settings.test, "seed": settings.seed,
+                             "quiet": quiet}
+    other = settings.finetune_data if settings.finetune_epochs else None
+    data = load(settings.data, labels=settings.labels, need_labels=settings.finetune_epochs > 0 and not other, **split)
+    if other is None:
+        return data, None
+    labelled = load(other, **split)
+    if labelled.n != data.n:
+        raise UserError(f"--finetune-data: must have the {data.n} columns of --data; got {labelled.n}")
+    return data, labelled
 
 
 def _largest(settings: Settings, data: DataSet, labelled: DataSet | None) -> int:

@@ -12,6 +12,7 @@ Importing this package loads neither NumPy nor MPI.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpudbn.errors import UserError
@@ -20,19 +21,22 @@ from gpudbn.mpi import launch
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
     from gpudbn.mpi.server import Rule, Server
+    from gpudbn.mpi.wire import Wire
 
 MODES = ("sync", "async")
 
 
-def connect(mode: str, size: int, rule: Rule | None = None) -> Exchange | Server:
+def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
     ----------
     mode : "sync" or "async"
         All ranks are replicas and cut every batch; or rank 0 serves and the others are replicas.
-    size : int
-        Entries of the largest parameter vector of the run: room for it is made once.
+    size : int, or a function that returns it
+        Entries of the largest parameter vector of the run: room for it is made once. A function is called
+        on the replicas, on the first of them before the others, so that data are downloaded or
+        unpacked once; the server is told. Its UserError ends all ranks with one line.
     rule : callable (parameters, change, staleness), optional
         How the server applies a change, in place; default: parameters += change.
 
@@ -57,10 +61,14 @@ def connect(mode: str, size: int, rule: Rule | None = None) -> Exchange | Server
     if ranks == 1:
         from gpudbn.mpi.alone import Alone
 
+        if callable(size):
+            size()
         return Alone()
     from gpudbn.mpi.wire import Wire
 
     wire = Wire.start()
+    if callable(size):
+        size = _prepared(wire, size, first=1 if mode == "async" else 0)
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
 
@@ -69,3 +77,19 @@ def connect(mode: str, size: int, rule: Rule | None = None) -> Exchange | Server
     from gpudbn.mpi.server import Server
 
     return Server(wire, size, rule) if wire.rank == 0 else Asynchronous(wire, size)
+
+
+def _prepared(wire: Wire, size: Callable[[], int], first: int) -> int:
+    """What ``size`` returns on rank ``first``, then on the ranks behind it; the largest, on all ranks."""
+    import numpy as np
+
+    found = 0
+    for ranks in (range(first, first + 1), range(first + 1, wire.size)):
+        problem = None
+        if wire.rank in ranks:
+            try:
+                found = size()
+            except UserError as error:
+                problem = str(error)
+        wire.agree(problem)
+    return int(wire.allgather(np.array([found], np.int64)).max())
