@@ -115,6 +115,12 @@ def test_the_gradient_is_that_of_finite_differences(way):
     check_gradient(WAYS[way])
 
 
+@pytest.mark.parametrize("sizes", [[11, 7], [11, 7, 5, 3]])
+def test_the_gradient_is_right_for_one_and_three_hidden_layers(sizes, monkeypatch):
+    monkeypatch.setattr("tests.test_finetune.SIZES", sizes)
+    check_gradient(SETTINGS)
+
+
 @pytest.mark.parametrize(("way", "line", "fault"), [
     ("no dropout", "xp.negative(delta, out=delta)", "pass"),
     ("no dropout", "below *= a[i]\n", "pass\n"),
@@ -266,6 +272,11 @@ def test_it_begins_as_the_layers_with_an_indifferent_softmax_and_leaves_the_laye
     for rbm, kept in zip(dbn.layers, before, strict=True):
         assert np.array_equal(rbm.parameters.flat, kept.flat)
     assert FinetunePhase(dbn, CLASSES, SETTINGS, rows=COUNT).net is dbn.classifier  # goes on, where there is one
+
+
+def test_a_batch_is_that_of_pretraining_unless_it_has_its_own_size():
+    assert phase(replace(SETTINGS, batch=31)).batch == 31
+    assert phase(replace(SETTINGS, batch=31, finetune_batch=7)).batch == 7
 
 
 def test_the_rate_of_an_epoch_follows_the_schedule():

@@ -21,7 +21,7 @@ from gpudbn.settings import Settings
 
 from .helpers import Watched, all_states, assert_close, assert_notices, joint, log_likelihood, planted
 
-SIZES, COUNT = [11, 7, 5, 3], 13
+SIZES, COUNT = [11, 7, 5, 3, 2], 13
 SETTINGS = Settings(layers=tuple(SIZES[1:]), seed=2**34 + 9, k=2)
 
 
@@ -73,7 +73,7 @@ def check_inputs(layer, binarise, up):
         assert 0 < x.mean() < 1
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
 @pytest.mark.parametrize("binarise", ["none", "threshold", "stochastic"])
 @pytest.mark.parametrize("up", ["sample", "mean"])
 def test_a_layer_is_trained_on_rows_taken_up_through_the_layers_below(layer, binarise, up):
@@ -101,7 +101,7 @@ def test_other_inputs_are_noticed(binarise, up, line, fault):
 
 def check_update(method, last_rows):
     """``update`` is ``sums``, which are cd_sums of the contrast, and ``step``, on W, b, c end to end; twice."""
-    s = replace(SETTINGS, method=method, decay=0.3, learning_rate=(0.05, 0.07, 0.2), momentum=(0.6,))
+    s = replace(SETTINGS, method=method, decay=0.3, learning_rate=(0.05, 0.07, 0.2, 0.3), momentum=(0.6,))
     made = [phase(settings=s, chains=new_chains(8, 3, seed=1, layer=2) if method == "pcd" else None) for _ in range(2)]
     table = rows()
     for of in made:
