@@ -206,10 +206,23 @@ def test_an_address_out_of_range_is_refused(wrong):
         draws.words(4, **(ADDRESS | wrong))
 
 
-def test_rows_that_would_run_into_the_next_update_are_refused():
+@pytest.mark.parametrize("m", [8, 7])
+def test_draws_that_would_run_into_the_next_update_are_refused(m):
     """Behind the last block of an update there is no other: its counter would be that of the next update."""
-    with pytest.raises(ValueError, match="draws"):
-        draws.uniforms(np.empty((2, 4), np.float32), **(ADDRESS | {"row": 2**64 - 1}))
+    address = ADDRESS | {"row": 2**63 - 2}  # two blocks a row
+    last = draws.uniforms(np.empty((2, m), np.float32), **address)
+    assert np.array_equal(last, from_the_formula(2, m, **address))
+    assert draws.words(m, **(address | {"row": 2**63 - 1})).size == m
+    with pytest.raises(ValueError, match="draws: seed and index must lie in"):
+        draws.uniforms(np.empty((3, m), np.float32), **address)
+    with pytest.raises(ValueError, match="draws: seed and index must lie in"):
+        draws.words(m, **(address | {"row": 2**63}))
+
+
+@pytest.mark.parametrize(("m", "column", "columns"), [(4, 10, 13), (8, 0, 7), (4, -1, 13), (1, 13, 13)])
+def test_columns_that_are_not_in_the_layer_are_refused(m, column, columns):
+    with pytest.raises(ValueError, match="uniforms: column"):
+        draws.uniforms(np.empty((2, m), np.float32), **ADDRESS, column=column, columns=columns)
 
 
 # Threads
@@ -307,12 +320,19 @@ def test_normals_of_another_shape_are_noticed(line, fault):
     assert_notices(check_normals, draws, line, fault)
 
 
-def check_cut_normals():
-    whole = draws.normals(np.empty((3, 13), np.float32), **ADDRESS, row=5)
-    u = from_the_formula(3, 14, **ADDRESS, row=5).astype(np.float64)
+def box_muller(u):
+    """Pairs of neighbouring uniforms (rows, m), m even, to normals, in float64."""
+    u = u.astype(np.float64)
     radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0::2])), 2 * np.pi * u[:, 1::2]
-    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(3, 14)[:, :13]
-    assert_close(whole, expected, atol=1e-6)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(u.shape)
+
+
+def check_cut_normals():
+    for m in (12, 14):
+        z = draws.normals(np.empty((3, m), np.float32), **ADDRESS, row=5)
+        assert_close(z, box_muller(from_the_formula(3, m, **ADDRESS, row=5)), atol=1e-6)
+    whole = draws.normals(np.empty((3, 13), np.float32), **ADDRESS, row=5)
+    assert_close(whole, box_muller(from_the_formula(3, 14, **ADDRESS, row=5))[:, :13], atol=1e-6)
     for lo, hi in ((0, 5), (2, 9), (4, 13), (12, 13)):
         part = draws.normals(np.empty((2, hi - lo), np.float32), **ADDRESS, row=6, column=lo, columns=13)
         assert np.array_equal(part, whole[1:, lo:hi])
