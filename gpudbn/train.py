@@ -243,12 +243,11 @@ class _Show:
         e, s = self.exchange, self.settings
         how = "one process" if e.replicas == 1 else f"{e.replicas} {s.mode}hronous replicas" + (
             " around a parameter server" if s.mode == "async" else "")
-        self.say(f"gpudbn {__version__}")
         self.say(f"network  {dbn.describe()}")
         self.say(f"data     {data.describe()}")
         if labelled is not None:
             self.say(f"         fine-tuned on {labelled.describe()}")
-        self.say(f"compute  {place}; {how}")
+        self.say(f"compute  gpudbn {__version__} on {place}; {how}")
         self.say(f"run      {run.path}")
 
     def record(self, r: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def test_a_run_leaves_settings_metrics_checkpoint_model_and_pictures_and_says_wh
     code, said, err = run(capsys, "--out", out, "--plots", "on")
     assert (code, err) == (0, "")
     lines = said.splitlines()
-    assert "DBN 64 - 17 - 11: 1,384 parameters (1,169, 215)" in lines[1]
+    assert "DBN 64 - 17 - 11: 1,384 parameters (1,169, 215)" in lines[0]
     assert {p.name for p in out.iterdir()} == {"settings.toml", "metrics.jsonl", "checkpoint.safetensors",
                                                "model.safetensors", "plots"}
     assert {p.stem for p in (out / "plots").iterdir()} == {"filters-1", "filters-2", "samples", "reconstructions",
