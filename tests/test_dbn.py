@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import DBN, dbn, load
+from gpudbn import DBN, dbn, draws, load
 from gpudbn.dbn import classifier_shapes, threshold
+from gpudbn.draws import Purpose, site
 from gpudbn.errors import UserError
 
 from .helpers import all_states, assert_close, assert_notices, joint
@@ -46,6 +47,10 @@ def test_layers_follow_the_sizes():
     assert made.count() == 11 * 7 + 11 + 7 + 7 * 5 + 7 + 5
     assert made.describe() == "DBN 11 - 7 - 5: 142 parameters (95, 47)"
     assert made.xp is np
+
+
+def test_layers_may_have_a_single_unit():
+    assert DBN([1, 1]).sample(3, steps=2).shape == (3, 1)
 
 
 @pytest.mark.parametrize("sizes", [[], [11], [11, 0], [11, -7], [11, 7.5]])
@@ -179,6 +184,52 @@ def test_samples_have_the_moments_of_the_model(sizes):
 ])
 def test_samples_of_another_model_are_noticed(line, fault):
     assert_notices(lambda: check_sample([5, 3, 4]), dbn, line, fault)
+
+
+def check_sample_by_hand(sizes, start, steps=3):
+    """Draw by draw, in float64; and no address is used twice."""
+    made, used = stack(sizes, classes=0), []
+    parts = [(r.W.astype(float), r.b.astype(float), r.c.astype(float)) for r in made.layers]
+    top, count = len(parts) - 1, 41
+
+    def drawn(p, update, layer, half_step):
+        used.append((update, layer, half_step))
+        place = site(Purpose.SAMPLING, layer, half_step)
+        return (draws.uniforms(np.empty(p.shape, np.float32), seed=SEED, update=update, site=place) < p).astype(float)
+
+    if start:
+        v = rows(count, sizes[0])
+        for layer in range(top):
+            v = drawn(sigmoid(v @ parts[layer][0] + parts[layer][2]), 0, layer, 2)
+    else:
+        v = drawn(np.tile(sigmoid(parts[top][1]), (count, 1)), 0, top, 2)
+    W, b, c = parts[top]
+    for step in range(steps - 1):
+        h = drawn(sigmoid(v @ W + c), step, top, 0)
+        v = drawn(sigmoid(h @ W.T + b), step, top, 1)
+    h = drawn(sigmoid(v @ W + c), steps, top, 0)
+    for layer in range(top, 0, -1):
+        h = drawn(sigmoid(h @ parts[layer][0].T + parts[layer][1]), steps, layer, 1)
+    expected = sigmoid(h @ parts[0][0].T + parts[0][1])
+    found = made.sample(count, steps=steps, seed=SEED, start=rows(count, sizes[0]) if start else None)
+    assert_close(found, expected, atol=1e-6)
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("sizes", [[11, 7], [11, 7, 5], [11, 13, 7, 5]])
+def test_samples_are_those_drawn_by_hand(sizes, start):
+    check_sample_by_hand(sizes, start)
+
+
+@pytest.mark.parametrize(("start", "line", "fault"), [
+    (True, "enumerate(self.layers[:-1])", "enumerate(self.layers[:1])"),
+    (True, "v = rbm.sample_hidden(v,", "v = rbm.sample_hidden(1 - v,"),
+    (False, "twins_of(v).bernoulli(v, v,", "(lambda *_, **__: 0)(v, v,"),
+    (False, "site=site(Purpose.SAMPLING, len(self.layers) - 1, 2)", "site=site(Purpose.SAMPLING, 0, 2)"),
+])
+def test_a_wrong_beginning_of_the_chains_is_noticed(start, line, fault):
+    assert_notices(lambda: check_sample_by_hand([11, 13, 7, 5], start, steps=1), dbn, line, fault)
 
 
 def check_independence(count, start):

@@ -131,6 +131,8 @@ def test_new_chains_are_fair_coins_at_their_own_address():
     chains = new_chains(20_011, 5, seed=SEED, layer=2, row=3)
     assert distance(chains, np.full(32, 1 / 32)) < 2
     assert np.array_equal(new_chains(11, 5, seed=SEED, layer=2, row=20), chains[17:28])
+    address = {"seed": SEED, "update": 0, "site": site(Purpose.CHAIN, 2, 0), "row": 3}  # half-step 0: no update uses it
+    assert np.array_equal(chains, draws.uniforms(np.empty((20_011, 5), np.float32), **address) < 0.5)
     assert not np.array_equal(new_chains(20_011, 5, seed=SEED, layer=1, row=3), chains)
 
 
