@@ -62,7 +62,7 @@ def why_no_gpu() -> str | None:
             return None
         return "CuPy sees no CUDA device"
     except Exception as error:  # CuPy raises many kinds where driver or libraries are missing
-        return f"CuPy cannot reach a CUDA device ({str(error).splitlines()[0]})"
+        return f"CuPy cannot reach a CUDA device ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
 def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:

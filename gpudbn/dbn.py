@@ -128,6 +128,8 @@ class DBN:
         array (count, n), float32
             Probabilities of the data units given the last samples of the layer above.
         """
+        if steps < 1 or count < 1:
+            raise UserError(f"sample: count and steps must be at least 1; got {count} and {steps}")
         xp, top = self.xp, self.layers[-1]
         if start is None:
             v = twins_of(top.b).sigmoid(xp.tile(top.b, (count, 1)))
@@ -205,6 +207,7 @@ class DBN:
             if name not in found or found[name].shape != place.shape:
                 got = f"shape {found[name].shape}" if name in found else "none"
                 raise UserError(f"model: must hold {name} of shape {place.shape}; got {got}. Is it from another run?")
+        for name, place in places.items():
             place[...] = self.xp.asarray(found[name])
 
     def about_file(self) -> dict[str, Any]:

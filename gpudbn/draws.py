@@ -166,6 +166,8 @@ def normals(out, **address):
     ``address`` as for ``uniforms``; ``column`` must be even.
     """
     rows, m = out.shape
+    if address.get("column", 0) % 2:
+        raise ValueError(f"normals: column must be even; got {address['column']}")
     u = np.empty((rows, m + m % 2), np.float32)
     columns = address.get("columns") or address.get("column", 0) + m
     uniforms(u, **{**address, "columns": columns + columns % 2})

@@ -30,7 +30,7 @@ class FinetunePhase(Phase):
     Parameters
     ----------
     dbn : DBN
-        Its ``classifier`` is trained; made from the layers if there is none.
+        Its ``classifier`` is trained; made from the layers if there is none for so many classes.
     classes : int
     rows : int
         The most rows of one piece.
@@ -45,9 +45,10 @@ class FinetunePhase(Phase):
 
     def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
         self.dbn, self.settings, self.xp = dbn, settings, dbn.xp
-        self.net = dbn.classifier or dbn.new_classifier(classes)
-        self.parameters = self.net.flat
         self.depth = len(dbn.layers)
+        fits = dbn.classifier is not None and dbn.classifier[f"c{self.depth}"].size == classes
+        self.net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
+        self.parameters = self.net.flat
         self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
         self.epochs, self.patience = settings.finetune_epochs, settings.finetune_patience
         self.batch = settings.finetune_batch or settings.batch

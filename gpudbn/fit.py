@@ -55,7 +55,6 @@ def pretrain(dbn: DBN, x: np.ndarray, *, validation: np.ndarray | None = None, r
         If rows or settings are not right; NonFiniteError if training diverges.
     """
     chosen = _settings(dbn, settings, finetune_epochs=0)
-    dbn.about["binarise"] = chosen.binarise
     return _run(Training(dbn, _data_set(dbn, (x, None), (validation, None)), chosen, Alone()), report)
 
 

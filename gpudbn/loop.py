@@ -66,6 +66,7 @@ class Training:
                  labelled: DataSet | None = None, progress: Callable[[int, int], None] | None = None) -> None:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
+        dbn.about["binarise"] = settings.binarise  # measures and the finished model see rows as training does
         self.progress = progress
         self.interrupt = False
         self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches

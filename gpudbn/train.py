@@ -137,7 +137,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
 
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     dbn = DBN([data.train.n, *settings.layers], xp)
-    dbn.about |= {"binarise": settings.binarise, "image_shape": data.image_shape, "data": data.name}
+    dbn.about |= {"image_shape": data.image_shape, "data": data.name}
 
     def resident(s: DataSet) -> DataSet:
         return replace(s, train=s.train.to(xp), validation=s.validation.to(xp), test=s.test.to(xp))

@@ -164,6 +164,33 @@ def test_what_is_wrong_ends_all_ranks_within_seconds_and_is_said(mode, arguments
         assert err.count(message) == 1, "said once, not by every rank"
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)], capture_output=True,
+                             text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_full_disk_ends_all_ranks_and_leaves_the_earlier_checkpoint_whole(mode, small_disk):
+    begun = time.monotonic()
+    code, _, err = finish(start(3, "--mode", mode, "--layers", 64, 128, "--epochs", 1, "--finetune-epochs", 3,
+                                "--plots", "off", "--checkpoint-seconds", 0, "--out", small_disk / "run"), timeout=40)
+    assert time.monotonic() - begun < 25
+    assert code == 2, err
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+    arrays, meta = checkpoint.read(small_disk / "run/checkpoint.safetensors", "checkpoint")
+    assert meta["updates"] >= 0
+    assert np.isfinite(arrays["layers.0.W"]).all()
+
+
 def test_more_replicas_than_rows_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.eye(5, dtype=np.float32))
     got, _, err = finish(start(4, "--data", tmp_path / "x.npy", "--finetune-epochs", 0, "--validation", 1, "--test", 2,
