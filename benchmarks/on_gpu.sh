@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# What is to be known from a machine with a GPU, in under 10 minutes and without a network.
+#
+#     benchmarks/on_gpu.sh [OUT]        OUT: a folder, by default benchmarks/results/gpu-DATE
+#
+# In this order, each with a time limit of its own; one that fails does not stop the others:
+#     environment   GPU, driver, versions, commit             OUT/environment.json
+#     tests         pytest -m gpu                             OUT/tests.log
+#     kernels       times beside plain CuPy and PyTorch       OUT/kernels.json, OUT/kernels.log
+#     training      test error and time                       OUT/run/, OUT/training.log
+# At the end OUT/table.md is written and printed. The exit code is 0 if everything passed, else 1.
+#
+#     GPUDBN_WHEELS    a folder of wheels that the machine lacks; put first on Python's path, not installed
+#     GPUDBN_MNIST     a folder with MNIST's four IDX files; without it the built-in digits are trained on
+#     GPUDBN_COMMIT    what to note as the commit, where this is no checkout
+#     GPUDBN_REHEARSE  1: the same steps at toy sizes on a machine without a GPU
+#     PYTHON           the interpreter (python3)
+set -uo pipefail
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-$top/benchmarks/results/gpu-$(date -u +%Y%m%d-%H%M%S)}
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+rehearse=${GPUDBN_REHEARSE:-}
+failed=0
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+cd "$top" || exit 1
+export PYTHONPATH="$wheels:$top" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+: >"$out/steps.tsv"
+
+# step NAME SECONDS COMMAND...: run it, show it, keep what it said and how it ended
+step() {
+    local name=$1 limit=$2 begun=$SECONDS code
+    shift 2
+    echo "== $name"
+    timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    code=${PIPESTATUS[0]}
+    printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - begun)) >>"$out/steps.tsv"
+    if [ "$code" != 0 ]; then
+        echo "== $name failed: exit $code"
+        failed=1
+    fi
+}
+
+# Wheels are zip files, and unpacking them needs no pip; but pip refuses those for another Python.
+unpack() {
+    shopt -s nullglob
+    local found=("$1"/*.whl)
+    [ ${#found[@]} -gt 0 ] || { echo "GPUDBN_WHEELS: must be a folder of wheels; got $1"; return 1; }
+    if "$python" -m pip --version >/dev/null 2>&1; then
+        "$python" -m pip install --no-index --no-deps --quiet --target "$wheels" "${found[@]}"
+    else
+        for wheel in "${found[@]}"; do "$python" -m zipfile -e "$wheel" "$wheels" || return 1; done
+    fi
+}
+export -f unpack
+export python wheels
+
+[ -z "${GPUDBN_WHEELS:-}" ] || step wheels 30 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
+
+toy=()
+# only files with such tests: the others may want packages that are not here
+mapfile -t files < <(grep -lr --include='test_*.py' 'pytestmark = pytest.mark.gpu' tests)
+tests=(-m pytest -q -m gpu -p no:cacheprovider "${files[@]}")
+if [ -n "$rehearse" ]; then
+    toy=(--rehearse)
+    training=(--device cpu --layers 16 8 --epochs 1 --finetune-epochs 1 --batch 100 --data digits)
+else
+    tests+=(--gpu)
+    training=(--device gpu --data digits)
+    [ -z "${GPUDBN_MNIST:-}" ] || training=(--device gpu --config benchmarks/mnist.toml --data "$GPUDBN_MNIST")
+fi
+
+step environment 30 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
+step tests 180 "$python" "${tests[@]}"
+step kernels 150 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
+rm -rf "$out/run"
+step training 150 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
+
+echo
+"$python" -m benchmarks.kernels --table "$out" | tee "$out/table.md"
+exit $failed
