@@ -82,6 +82,15 @@ class Case:
         close("velocity", velocity, u, 1e-6)
         close("parameters", parameters, p + u, 2e-6)
 
+    def check_update(self, v: np.ndarray, h: np.ndarray, parameters: np.ndarray, velocity: np.ndarray,
+                     draws: tuple[np.ndarray | None, np.ndarray | None] = (None, None)) -> None:
+        """A whole update from p and u, link by link: h0 of v0, v1 of h0, h1 of v1, the step of all four."""
+        B, (W, b, c) = self.B, self.split(self.p.astype(np.float64))
+        check_sample("h0", h[:B], self.up, draws[0])
+        check_sample("v1", v[B:], 1 / (1 + np.exp(-(h[:B] @ W.T + b))), draws[1])
+        close("h1", h[B:], 1 / (1 + np.exp(-(v[B:] @ W + c))), 1e-5)
+        self.check_step(parameters, velocity, self.exact_sums(v, h))
+
     def cost(self, what: str) -> tuple[int, int]:
         """Floating-point operations, and bytes that must move if everything is read and written once."""
         n, m, B = self.n, self.m, self.B
@@ -149,7 +158,8 @@ def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
         step()
 
     yield Work("CD-1 update", update,
-               lambda: case.check_step(parameters.get(), velocity.get(), case.exact_sums(v.get(), h.get())))
+               lambda: case.check_update(v.get(), h.get(), parameters.get(), velocity.get(),
+                                         (drawn(up.shape, first), drawn(down.shape, second))))
 
 
 def by_cupy(case: Case, xp: Any) -> Iterator[Work]:
@@ -206,7 +216,7 @@ def by_cupy(case: Case, xp: Any) -> Iterator[Work]:
     yield Work("cd_update", step, lambda: case.check_step(parameters.get(), velocity.get(), case.sums))
     parameters[...], velocity[...] = xp.asarray(case.p), xp.asarray(case.u)
     yield Work("CD-1 update", update,
-               lambda: case.check_step(parameters.get(), velocity.get(), case.exact_sums(v.get(), h.get())))
+               lambda: case.check_update(v.get(), h.get(), parameters.get(), velocity.get()))
 
 
 def by_torch(case: Case, torch: Any, device: str) -> Iterator[Work]:
@@ -259,7 +269,7 @@ def by_torch(case: Case, torch: Any, device: str) -> Iterator[Work]:
     parameters.copy_(torch.tensor(case.p))
     velocity.copy_(torch.tensor(case.u))
     yield Work("CD-1 update", update,
-               lambda: case.check_step(get(parameters), get(velocity), case.exact_sums(get(v), get(h))))
+               lambda: case.check_update(get(v), get(h), get(parameters), get(velocity)))
 
 
 # ------------------------------------------------------------------------------------------------ measuring

@@ -27,7 +27,7 @@ failed=0
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 cd "$top" || exit 1
-export PYTHONPATH="$wheels:$top" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export PYTHONPATH="$wheels:$top" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 CUPY_TF32=0
 : >"$out/steps.tsv"
 
 # step NAME SECONDS COMMAND...: run it, show it, keep what it said and how it ended
@@ -63,7 +63,7 @@ export python wheels
 toy=()
 # only files with such tests: the others may want packages that are not here
 mapfile -t files < <(grep -lr --include='test_*.py' 'pytestmark = pytest.mark.gpu' tests)
-tests=(-m pytest -q -m gpu -p no:cacheprovider "${files[@]}")
+tests=(-m pytest -v -m gpu --durations=5 -p no:cacheprovider -W default "${files[@]}")  # their warnings are not ours
 if [ -n "$rehearse" ]; then
     toy=(--rehearse)
     training=(--device cpu --layers 16 8 --epochs 1 --finetune-epochs 1 --batch 100 --data digits)
@@ -73,11 +73,11 @@ else
     [ -z "${GPUDBN_MNIST:-}" ] || training=(--device gpu --config benchmarks/mnist.toml --data "$GPUDBN_MNIST")
 fi
 
-step environment 30 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
-step tests 180 "$python" "${tests[@]}"
-step kernels 150 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
+step environment 45 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
+step tests 230 "$python" "${tests[@]}"
+step kernels 140 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
 rm -rf "$out/run"
-step training 150 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
+step training 120 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
 
 echo
 "$python" -m benchmarks.kernels --table "$out" | tee "$out/table.md"

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import kernels
 from gpudbn import arrays, cuda, dbn, predict, sample, train
 from gpudbn.dbn import DBN
 from gpudbn.errors import NonFiniteError
@@ -380,6 +381,7 @@ def test_the_pretended_cupy_has_nothing_that_cupy_has_not():
         assert hasattr(real.ndarray, name), name
         if inspect.isfunction(thing) and not name.startswith("__") and parameters(getattr(real.ndarray, name)):
             assert parameters(thing) == parameters(getattr(real.ndarray, name))[: len(parameters(thing))], name
+    assert callable(real.random.random)
     for name in vars(fake.cuda):
         assert hasattr(real.cuda, name), name
     for name in vars(fake.cuda.runtime):
@@ -411,16 +413,31 @@ def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):
     environment = json.loads((out / "environment.json").read_text())
     assert environment["rehearsal"] is True
     assert {"numpy", "cupy", "driver", "commit", "gpu"} <= set(environment)
-    kernels = json.loads((out / "kernels.json").read_text())
-    assert {(row["what"], row["by"]) for row in kernels["rows"]} >= {
+    found = json.loads((out / "kernels.json").read_text())
+    assert {(row["what"], row["by"]) for row in found["rows"]} >= {
         (what, by) for what in ("half_step", "cd_sums", "cd_update", "CD-1 update") for by in ("kernels", "CuPy")}
-    assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in kernels["rows"])
+    assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in found["rows"])
     table = (out / "table.md").read_text()
     assert table in done.stdout
     assert "rehearsal" in table
-    assert not kernels["failures"]
+    assert not found["failures"]
     for step in ("environment", "tests", "kernels", "training"):
         assert f"| {step} | passed |" in table
+
+
+def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
+    import cupy
+
+    monkeypatch.setattr(kernels, "repeats", 1)
+    results = kernels.Results(tmp_path / "kernels.json", {})
+    with planted(cuda, "return seed, update, site, row, column, blocks",
+                 "return seed, update, site, row + 1, column, blocks"):
+        kernels.run(results, [(13, 7, 5)], cupy, None, toy=True)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["what"] for row in rows if row["by"].startswith("kernels")} == {"cd_sums", "cd_update"}
+    assert {row["what"] for row in rows if row["by"] == "CuPy"} > {"half_step", "half_step, transposed"}
+    assert results.failed == 3 * 3
+    assert device.launched
 
 
 def test_a_failing_step_is_told_and_does_not_stop_the_others(tmp_path):
