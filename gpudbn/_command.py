@@ -204,7 +204,7 @@ def part_of(model: Model, data: str, labels: str | None, part: str | None) -> Pa
     UserError
         If the data cannot be read, have other columns than the model, or no such part.
     """
-    from gpudbn.data import Rows, load
+    from gpudbn.data import Rows, load, load_rows
 
     s = model.settings
     # by name: the run knows its files by paths from another working directory
@@ -216,7 +216,11 @@ def part_of(model: Model, data: str, labels: str | None, part: str | None) -> Pa
         name, tables = found.name, {"train": found.train, "validation": found.validation, "test": found.test}
         base, one_table = found.train, found.train.array is found.test.array
     else:
-        name, base, tested = _other(data, labels)
+        try:
+            name, base, tested = load_rows(data, labels=labels)
+        except OSError as error:
+            raise UserError(f"{error.filename or data}: must be readable; "
+                            f"got: {error.strerror or error}") from error
         tables, one_table = {"train": base} | ({} if tested is None else {"test": tested}), tested is None
     wanted = part or ("test" if own else "all")
     everything = Rows(base.array, base.scale, base.labels)
@@ -239,22 +243,3 @@ def part_of(model: Model, data: str, labels: str | None, part: str | None) -> Pa
 def _last(data: str) -> str:
     """The last part of a path, or the name of built-in data."""
     return Path(data).expanduser().resolve().name
-
-
-def _other(data: str, labels: str | None) -> tuple[str, Rows, Rows | None]:
-    """Title, rows and test rows of data that nothing is to be learned from: one row, or equal ones, will do."""
-    from gpudbn.data import Rows, _read, checks
-
-    try:
-        title, given, given_test, scale = _read(data, labels, False)
-    except OSError as error:
-        raise UserError(f"{error.filename or data}: must be readable; got: {error.strerror or error}") from error
-    first = checks.table(given, scale)
-    rows = Rows(first.array, first.scale, first.labels)
-    if given_test is None:
-        return title, rows, None
-    second = checks.table(given_test, first.scale if given_test.array.dtype == first.array.dtype else None)
-    if second.array.shape[1] != rows.n:
-        raise UserError(f"{given_test.source}: test rows must have {rows.n} columns as the training rows; "
-                        f"got {second.array.shape[1]}")
-    return title, rows, Rows(second.array, second.scale, second.labels)

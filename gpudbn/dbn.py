@@ -8,7 +8,7 @@ with a softmax on top, a classifier (``classifier``). The layers stay as they we
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +107,8 @@ class DBN:
         """Up to the top and down again, mean-field. Array (B, n) -> (B, n)."""
         return self.down(self.transform(v))
 
-    def sample(self, count: int, *, steps: int = 1000, seed: int = 0, start: Array | None = None) -> Array:
+    def sample(self, count: int, *, steps: int = 1000, seed: int = 0, start: Array | None = None,
+               progress: Callable[[int], None] | None = None) -> Array:
         """Samples of the model: Gibbs chains in the top RBM, then one pass down.
 
         Hinton, Osindero & Teh (2006), section 2.1.
@@ -122,6 +123,8 @@ class DBN:
         start : array (count, n), optional
             Data rows at which the chains start, taken up by sampling; by default the top RBM's visible
             units start at their biases.
+        progress : callable, optional
+            Called with the number of Gibbs steps done, after each.
 
         Returns
         -------
@@ -139,8 +142,10 @@ class DBN:
             for layer, rbm in enumerate(self.layers[:-1]):
                 v = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
         depth = len(self.layers)
-        for state in top.gibbs(v, steps - 1, seed=seed, layer=depth - 1):
+        for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):
             v = state
+            if progress:
+                progress(done)
         h = top.sample_hidden(v, seed=seed, update=steps, site=site(Purpose.SAMPLING, depth - 1, 0))
         for layer in range(depth - 1, 0, -1):
             h = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))

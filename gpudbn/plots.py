@@ -112,30 +112,30 @@ def filters(path: Path | str, W: Array, image_shape: tuple[int, int] | None, tit
         _draw_mosaics(path, [("", mosaic(images, _columns(count, image_shape)))], look, title, note, "weight")
 
 
-def samples(path: Path | str, samples: Array, data: Array, image_shape: tuple[int, int] | None, title: str) -> None:
-    """Data beside samples of the model.
+def samples(path: Path | str, samples: Array, data: Array | None, image_shape: tuple[int, int] | None,
+            title: str) -> None:
+    """Samples of the model, beside data if there are any.
 
     Parameters
     ----------
     path : path
         Of the PNG file; its folder must exist.
-    samples, data : arrays (N, n), (D, n)
+    samples, data : arrays (N, n), (D, n); data may be None
         The first rows of each are shown. Not modified.
     image_shape : (int, int) or None
         Height and width, whose product is n. None draws the rows as heat maps.
     title : str
     """
-    samples, data = _rows(samples), _rows(data)
-    count = min(len(samples), len(data), MOST)
-    samples, data = samples[:count], data[:count]
-    look = _values(data)
+    drawn = _rows(samples)
+    shown = [("", drawn)] if data is None else [("data", _rows(data)), ("samples of the model", drawn)]
+    count = min(MOST, *(len(rows) for _, rows in shown))
+    shown = [(name, rows[:count]) for name, rows in shown]
+    look = _values(shown[0][1])
     if image_shape is None:
-        _draw_heat_maps(path, [("data", data), ("samples of the model", samples)], look, title, None, "value",
-                        ("visible unit", "row"))
+        _draw_heat_maps(path, shown, look, title, None, "value", ("visible unit", "row"))
         return
     columns = _columns(count, image_shape)
-    panels = [(name, mosaic(rows.reshape(count, *image_shape), columns))
-              for name, rows in (("data", data), ("samples of the model", samples))]
+    panels = [(name, mosaic(rows.reshape(count, *image_shape), columns)) for name, rows in shown]
     _draw_mosaics(path, panels, look, title, None, None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from gpudbn.settings import reader
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     import numpy as np
 
-    from gpudbn.dbn import DBN
 
 FORMATS = (".npy", ".png")
 STARTS = ("random", "data")
@@ -87,8 +85,8 @@ def sample(found: argparse.Namespace) -> int:
     start, title = _starts(model, found) if found.start == "data" else (None, "the biases")
     try:
         with _command.Progress("sample", found.steps) as progress:
-            _watch(model.dbn, progress)
-            samples = model.dbn.sample(found.count, steps=found.steps, seed=found.seed, start=start)
+            samples = model.dbn.sample(found.count, steps=found.steps, seed=found.seed, start=start,
+                                       progress=progress.at)
         if found.binary:  # half-step 3 of layer 0: DBN.sample draws 0, 1 and 2
             twins_of(samples).bernoulli(samples, samples, seed=found.seed, update=found.steps,
                                         site=site(Purpose.SAMPLING, 0, 3))
@@ -128,20 +126,6 @@ def _starts(model: _command.Model, found: argparse.Namespace) -> tuple[np.ndarra
     return start, f"the {part.what}"
 
 
-def _watch(dbn: DBN, progress: _command.Progress) -> None:
-    """Have the top layer tell its Gibbs steps."""
-    from gpudbn.rbm import RBM
-
-    class Watched(RBM):
-        def gibbs(self, v: Any, steps: int, **more: Any) -> Iterator[Any]:
-            for done, state in enumerate(super().gibbs(v, steps, **more), 1):
-                progress.at(done)
-                yield state
-
-    top = dbn.layers[-1]
-    dbn.layers[-1] = Watched(top.n, top.m, parameters=top.parameters)
-
-
 def _write_npy(path: Path, array: np.ndarray) -> None:
     import numpy as np
 
@@ -157,17 +141,7 @@ def _draw(path: Path, samples: np.ndarray, start: np.ndarray | None, shape: Any,
     from gpudbn import plots
 
     image_shape = tuple(shape) if shape and shape[0] * shape[1] == samples.shape[1] else None
-    if start is not None:
-        plots.samples(path, samples, start, image_shape, title)
-        return
-    samples = samples[:plots.MOST]
-    look = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
-    if image_shape is None:
-        plots._draw_heat_maps(path, [("", samples)], look, title, None, "value", ("visible unit", "row"))
-    else:
-        images = samples.reshape(-1, *image_shape)
-        mosaic = plots.mosaic(images, plots._columns(len(images), image_shape))
-        plots._draw_mosaics(path, [("", mosaic)], look, title, None, None)
+    plots.samples(path, samples, start, image_shape, title)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from gpudbn.data import checks, files, idx, mnist
 from gpudbn.data.rows import DataSet, Rows
 from gpudbn.errors import UserError
 
-__all__ = ["DataSet", "Rows", "load"]
+__all__ = ["DataSet", "Rows", "load", "load_rows"]
 
 NAMES = ("digits", "mnist")
 _SPLIT = {"update": 2**32 - 1, "site": draws.site(draws.Purpose.ORDER)}  # no epoch has this number
@@ -77,13 +77,8 @@ def load(name: str | Path, *, labels: str | Path | None = None, validation: floa
     if given_test is not None:
         if test is not None:
             raise UserError(f"test: must not be set for data with test rows of their own; got {test} for {title}")
-        # bytes are bits or grey values, and a few test rows may not show which
-        second = checks.table(given_test, first.scale if given_test.array.dtype == first.array.dtype else None)
-        if second.array.shape[1] != rows.n:
-            raise UserError(f"{given_test.source}: test rows must have {rows.n} columns as the training rows; "
-                            f"got {second.array.shape[1]}")
-        tested = Rows(second.array, second.scale, second.labels)
-        known += [] if second.labels is None else [second.labels.max()]
+        tested = _tested(given_test, first)
+        known += [] if tested.labels is None else [tested.labels.max()]
         count = _count("validation", validation, len(rows))
         _room(len(rows), count, 0, title)
         train, held = rows.select(range(len(rows) - count)), rows.select(range(len(rows) - count, len(rows)))
@@ -96,6 +91,27 @@ def load(name: str | Path, *, labels: str | Path | None = None, validation: floa
         train, held, tested = (rows.select(np.sort(part)) for part in parts)
     return DataSet(title, train, held, tested, first.image_shape, 1 + int(max(known)) if known else 0,
                    int(np.count_nonzero(~first.varies)))
+
+
+def load_rows(name: str | Path, *, labels: str | Path | None = None) -> tuple[str, Rows, Rows | None]:
+    """Title, rows and test rows (if they come apart) of data that nothing is to be learned from.
+
+    As ``load``, but one row, or rows that are all the same, will do, and nothing is split.
+    """
+    title, given, given_test, scale = _read(str(name), labels, False)
+    first = checks.table(given, scale)
+    return (title, Rows(first.array, first.scale, first.labels),
+            None if given_test is None else _tested(given_test, first))
+
+
+def _tested(given: checks.Table, first: checks.Checked) -> Rows:
+    """Test rows that come with training rows."""
+    # bytes are bits or grey values, and a few test rows may not show which
+    second = checks.table(given, first.scale if given.array.dtype == first.array.dtype else None)
+    if second.array.shape[1] != first.array.shape[1]:
+        raise UserError(f"{given.source}: test rows must have {first.array.shape[1]} columns as the training rows; "
+                        f"got {second.array.shape[1]}")
+    return Rows(second.array, second.scale, second.labels)
 
 
 def _count(what: str, asked: float | None, rows: int) -> int:
