@@ -176,7 +176,7 @@ def test_samples_have_the_moments_of_the_model(sizes):
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("for state in top.gibbs(v, steps - 1, seed=seed, layer=depth - 1):", "for state in ():"),
+    ("for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):", "for done, state in ():"),
     ("return self.layers[0].visible_given_hidden(h)", "return self.layers[0].visible_given_hidden(h[:, ::-1])"),
     ("range(depth - 1, 0, -1)", "range(depth - 1, 0, -2)[1:]"),
     ("h = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))",

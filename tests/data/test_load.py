@@ -58,11 +58,6 @@ def test_digits():
     assert Path(load.__code__.co_filename).with_name("digits.npz").stat().st_size < 100_000
 
 
-def test_digits_are_those_of_scikit_learn():
-    x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
-    np.testing.assert_array_equal(all_rows(load("digits")), ordered(np.column_stack([x / 16, y]).astype(np.float32)))
-
-
 def test_drawn_splits_share_nothing_and_depend_on_the_seed_alone():
     one, again, other = load("digits", seed=1), load("digits", seed=1), load("digits", seed=2)
     for a, b, c in zip(*((d.train, d.validation, d.test) for d in (one, again, other)), strict=True):
