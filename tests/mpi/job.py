@@ -32,25 +32,28 @@ def mpirun():
     return found
 
 
-def job(ranks, program, *arguments, timeout=60, env=None):
-    """Run ``programs/program.py`` on that many ranks (0: without mpirun).
+def start(ranks, *command, env=None):
+    """This Python with these arguments on that many ranks (0: without mpirun): a process group of its own."""
+    launcher = [mpirun(), "-n", str(ranks)] if ranks else []
+    return subprocess.Popen([*launcher, sys.executable, *map(str, command)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT | (env or {}),
+                            start_new_session=True)
 
-    Returns
-    -------
-    subprocess.CompletedProcess
-        With text. A job that outlasts the timeout is killed with all its ranks and fails the test.
-    """
-    command = [mpirun(), "-n", str(ranks)] if ranks else []
-    command += [sys.executable, str(PROGRAMS / f"{program}.py"), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | ENVIRONMENT | (env or {}), start_new_session=True)
+
+def finish(process, timeout=90):
+    """subprocess.CompletedProcess with text. A job that outlasts the timeout is killed with all its ranks and fails."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"{program} {arguments} on {ranks} ranks: not done in {timeout} s\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+        raise AssertionError(f"{process.args}: not done in {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def job(ranks, program, *arguments, timeout=60, env=None):
+    """Run ``programs/program.py`` on that many ranks: what ``finish`` returns."""
+    return finish(start(ranks, PROGRAMS / f"{program}.py", *arguments, env=env), timeout)
 
 
 def good_job(ranks, program, *arguments, **options):

@@ -14,28 +14,20 @@ import numpy as np
 import pytest
 
 from gpudbn import checkpoint, load
-from tests.mpi.job import ENVIRONMENT, mpirun
+from tests.mpi import job
 
 pytestmark = pytest.mark.mpi
 SMALL = ["--layers", 20, 12, "--epochs", 2, "--finetune-epochs", 3, "--batch", 40, "--plots", "off"]
 
 
 def start(ranks, *arguments):
-    launcher = [mpirun(), "-n", str(ranks)] if ranks else []
-    return subprocess.Popen([*launcher, sys.executable, "-m", "gpudbn.train", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT,
-                            start_new_session=True)
+    return job.start(ranks, "-m", "gpudbn.train", *arguments)
 
 
 def finish(process, timeout=90):
-    """Exit code, output and errors; a job that does not end is killed and fails the test."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"not done in {timeout} s\n{out}\n{err}") from None
-    return process.returncode, out, err
+    """Exit code, output and errors."""
+    done = job.finish(process, timeout)
+    return done.returncode, done.stdout, done.stderr
 
 
 def train(ranks, *arguments):
