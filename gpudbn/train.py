@@ -222,8 +222,9 @@ class _Show:
 
     def __init__(self, settings: Settings, exchange: Exchange) -> None:
         self.settings, self.exchange = settings, exchange
-        self.bar = exchange.chief and sys.stdout.isatty()
         world = launch.world()
+        # Open MPI gives each rank a terminal of its own, whatever its output goes to
+        self.bar = exchange.chief and sys.stdout.isatty() and world is None
         self.launch = (f"mpirun -n {world.size} " if world else "") + "python -m gpudbn.train"
         self.label, self.drawn = "", 0.0
 
