@@ -110,13 +110,7 @@ def _data_set(dbn: DBN, train: tuple, validation: tuple) -> DataSet:
     known = [int(part.labels.max()) for part in (rows, held) if part.labels is not None and len(part)]
     data = DataSet("arrays", rows, held, rows.select(range(0)), first.image_shape, 1 + max(known) if known else 0,
                    int(np.count_nonzero(~first.varies)))
-    return _on(data, dbn)
-
-
-def _on(data: DataSet, dbn: DBN) -> DataSet:
-    """The data where the parameters are."""
-    return DataSet(data.name, data.train.to(dbn.xp), data.validation.to(dbn.xp), data.test.to(dbn.xp),
-                   data.image_shape, data.classes, data.constant)
+    return data.to(dbn.xp)
 
 
 def _run(training: Training, report: Report | None) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import itertools
 import signal
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gpudbn import __version__
@@ -138,13 +137,9 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     dbn = DBN([data.train.n, *settings.layers], xp)
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
-
-    def resident(s: DataSet) -> DataSet:
-        return replace(s, train=s.train.to(xp), validation=s.validation.to(xp), test=s.test.to(xp))
-
     show = _Show(settings, exchange)
-    training = together(lambda: Training(dbn, resident(data), settings, exchange, progress=show.progress,
-                                         labelled=resident(labelled) if labelled else None))
+    training = together(lambda: Training(dbn, data.to(xp), settings, exchange, progress=show.progress,
+                                         labelled=labelled.to(xp) if labelled else None))
     run: Run | None = None
     if resume:
         folder = together(lambda: Run.open(resume))

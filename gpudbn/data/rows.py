@@ -6,7 +6,7 @@ nothing, and the base array may be larger than memory: a memory-mapped file is r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -152,6 +152,10 @@ class DataSet:
     def n(self) -> int:
         """The number of columns."""
         return self.train.n
+
+    def to(self, xp: ModuleType) -> DataSet:
+        """The same data where ``xp`` is, NumPy or CuPy; see ``Rows.to``."""
+        return replace(self, train=self.train.to(xp), validation=self.validation.to(xp), test=self.test.to(xp))
 
     def describe(self) -> str:
         """One line: how many rows of what, and what a reader should know about them."""
