@@ -371,7 +371,7 @@ def run(results: Results, cases: list[tuple[int, int, int]], xp: Any, torch: Any
     """Every case by everyone."""
     from gpudbn import cuda
 
-    launcher = cuda._gpu()
+    launcher = cuda.gpu()
     with results.attempt(what="compile"):
         launcher.compile_all()
     with results.attempt(what="ceilings"):

@@ -62,7 +62,7 @@ export python wheels
 
 toy=()
 # only files with such tests: the others may want packages that are not here
-mapfile -t files < <(grep -lr --include='test_*.py' 'pytestmark = pytest.mark.gpu' tests)
+mapfile -t files < <(grep -lrE --include='test_*.py' 'mark\.gpu|tests\.cuda\.checks' tests)
 tests=(-m pytest -v -m gpu --durations=5 -p no:cacheprovider -W default "${files[@]}")  # their warnings are not ours
 if [ -n "$rehearse" ]; then
     toy=(--rehearse)

@@ -1,6 +1,6 @@
 """Where an array lives decides which code runs on it: NumPy on the CPU, CuPy on the GPU.
 
-Together with ``cuda.py`` (and later ``mpi/nccl.py``) this is the only place that imports CuPy,
+Together with ``cuda`` (and later ``mpi/nccl.py``) this is the only place that imports CuPy,
 and it does so only when a GPU array or a GPU is asked for.
 """
 

@@ -125,7 +125,7 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
 
     Notes
     -----
-    GPU twin: ``cuda.uniforms``.
+    GPU twin: ``cuda/draws.py``.
     """
     rows, m = out.shape
     columns = column + m if columns is None else columns

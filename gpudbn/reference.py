@@ -1,6 +1,6 @@
 """The mathematics of one layer in NumPy: the specification of every kernel.
 
-``cuda.py`` has the same names and signatures for arrays on a GPU. Notation, everywhere:
+``cuda`` has the same names and signatures for arrays on a GPU. Notation, everywhere:
 
     v  (B, n)  visible units      b  (n,)    visible biases       B, n, m  rows, visible, hidden
     h  (B, m)  hidden units       c  (m,)    hidden biases

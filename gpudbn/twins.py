@@ -1,8 +1,8 @@
-"""The one place that chooses between the twins: ``reference`` for NumPy arrays, ``cuda`` for CuPy's."""
+"""The one place that chooses between the twins: ``reference`` for NumPy arrays, a ``cuda.Launcher`` for CuPy's."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +10,6 @@ from gpudbn import cuda, reference
 from gpudbn.arrays import Array, module_of
 
 
-def twins_of(*arrays: Array) -> ModuleType:
-    """The module whose functions work on these arrays; the two have the same names and signatures."""
-    return reference if module_of(*arrays) is np else cuda
+def twins_of(*arrays: Array) -> Any:
+    """What has the functions that work on these arrays; the two have the same names and signatures."""
+    return reference if module_of(*arrays) is np else cuda.gpu()

@@ -9,7 +9,7 @@ import pytest
 
 from gpudbn import arrays
 
-pytest_plugins = ["tests.kernel_report"]
+pytest_plugins = ["tests.cuda.report"]
 
 
 def pytest_addoption(parser):

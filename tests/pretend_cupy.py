@@ -423,22 +423,24 @@ def sum(a, axis=None, dtype=None, out=None, keepdims=False):  # noqa: A001 - CuP
 class RawModule:
     """CUDA source, run on the CPU."""
 
-    def __init__(self, *, code):
+    def __init__(self, *, code, options=(), enable_cooperative_groups=False):
         from tests.cuda_on_cpu import runtime
 
-        self.module = runtime.Module(code)
+        self.module = runtime.Module(code, options, enable_cooperative_groups)
 
     def get_function(self, name):
         function = self.module.get_function(name)
 
-        def launch(grid, block, args):
+        def launch(grid, block, args, *, shared_mem=0):
             if device.captured is not None:
-                device.captured.append(lambda: launch(grid, block, args))
+                device.captured.append(lambda: launch(grid, block, args, shared_mem=shared_mem))
                 return
             device.work()
             device.launched.append(name)
-            function(grid, block, tuple(a._memory if isinstance(a, ndarray) else a for a in args))
+            function(grid, block, tuple(a._memory if isinstance(a, ndarray) else a for a in args),
+                     shared_mem=shared_mem)
 
+        launch.max_dynamic_shared_size_bytes = function.max_dynamic_shared_size_bytes
         return launch
 
 
@@ -489,7 +491,9 @@ class _Device:
 
     @property
     def attributes(self):
-        return {"MultiProcessorCount": device.processors}
+        return {"MultiProcessorCount": device.processors, "MaxSharedMemoryPerBlockOptin": 227 << 10}
+
+    compute_capability = "80"
 
     def use(self):
         """There is no other."""
@@ -532,12 +536,12 @@ def installed(processors: int = 1):
     """While it lasts, ``import cupy`` gives the pretended one; yields what it is asked for."""
     global device
     before, device = sys.modules.get("cupy"), Device(processors)
-    door._gpu.cache_clear()
+    door.gpu.cache_clear()
     sys.modules["cupy"] = module()
     try:
         yield device
     finally:
-        door._gpu.cache_clear()
+        door.gpu.cache_clear()
         if before is None:
             del sys.modules["cupy"]
         else:

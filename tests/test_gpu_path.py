@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
-from gpudbn import arrays, cuda, dbn, predict, sample, train
+from gpudbn import arrays, dbn, predict, sample, train
+from gpudbn.cuda import door
 from gpudbn.dbn import DBN
 from gpudbn.errors import NonFiniteError
 from gpudbn.loop import Training
@@ -104,7 +105,7 @@ def test_a_whole_run_ends_where_the_numpy_run_ends(options, processors):
 
 def test_a_difference_in_one_draw_would_be_seen():
     here, _ = finished(training(np, strong()))
-    with installed(), planted(cuda, "return seed, update, site, row, column, blocks",
+    with installed(), planted(door, "return seed, update, site, row, column, blocks",
                               "return seed, update, site, row + (update == 20), column, blocks"):
         found = finished(on_device(strong()))[0].dbn.arrays()
     worst = max(np.abs(found[name] - array).max() for name, array in here.dbn.arrays().items())
@@ -430,7 +431,7 @@ def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
 
     monkeypatch.setattr(kernels, "repeats", 1)
     results = kernels.Results(tmp_path / "kernels.json", {})
-    with planted(cuda, "return seed, update, site, row, column, blocks",
+    with planted(door, "return seed, update, site, row, column, blocks",
                  "return seed, update, site, row + 1, column, blocks"):
         kernels.run(results, [(13, 7, 5)], cupy, None, toy=True)
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]

@@ -19,9 +19,9 @@ FLOORS = """
     errors draws tracing mpi/launch
     arrays settings
     parameters
-    reference cuda checkpoint data/rows mpi/wire mpi/alone
-    data/checks
-    data/files
+    reference cuda/door checkpoint data/rows mpi/wire mpi/alone
+    cuda/draws cuda/elementwise cuda/layers data/checks
+    cuda/__init__ data/files
     data/idx data/mnist
     data/__init__
     twins
@@ -39,7 +39,7 @@ FACE = len(FLOORS)
 PACKAGE = Path(gpudbn.__file__).parent
 
 # who may import what is not everywhere
-FENCES = {"cupy": {"arrays", "cuda", "mpi/nccl"}, "mpi4py": {"mpi/wire"}}
+FENCES = {"cupy": {"arrays", "cuda/__init__", "mpi/nccl"}, "mpi4py": {"mpi/wire"}}
 
 
 def sources():

@@ -63,7 +63,8 @@ def why_not() -> str | None:
 class Module:
     """A compiled source; the same text is compiled once on a machine."""
 
-    def __init__(self, code: str, enable_cooperative_groups: bool = False) -> None:
+    def __init__(self, code: str, options: tuple[str, ...] = (), enable_cooperative_groups: bool = False) -> None:
+        _ = options  # the compiler is another
         self.cooperative = enable_cooperative_groups
         names = re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)', code)
         text = code + "\n" + "".join(f"CUDA_ON_CPU_EXPORT({name})\n" for name in names)
@@ -78,12 +79,15 @@ class Function:
 
     def __init__(self, library: ctypes.CDLL, name: str, cooperative: bool) -> None:
         self.name, self.cooperative = name, cooperative
+        self.max_dynamic_shared_size_bytes = 48 << 10
         self._launch = getattr(library, f"{name}_launch")
         parameters = getattr(library, f"{name}_parameters")
         parameters.restype = ctypes.c_char_p
         self.parameters = parameters().decode().split()  # for instance ["*f4", "i4"]
 
     def __call__(self, grid, block, arguments, *, shared_mem: int = 0) -> None:
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise KernelError(f"{self.name}: {shared_mem} bytes of shared memory were not asked for")
         if len(arguments) != len(self.parameters):
             raise TypeError(f"{self.name}: takes {len(self.parameters)} arguments; got {len(arguments)}")
         values = [self._pass(i, *pair) for i, pair in enumerate(zip(arguments, self.parameters, strict=True))]
@@ -147,8 +151,8 @@ def launcher(processors: int = 1, change=None) -> Launcher:
     change : callable, optional
         Applied to every source before it is compiled: to plant a fault.
     """
-    def make_module(code: str) -> Module:
-        return Module(code if change is None else change(code))
+    def make_module(code: str, **options) -> Module:
+        return Module(code if change is None else change(code), **options)
 
     return Launcher(make_module, np.ndarray, address_of=lambda array: array.ctypes.data, processors=processors,
                     device_of=lambda _: 0, current_device=lambda: 0)

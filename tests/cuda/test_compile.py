@@ -1,7 +1,7 @@
 """Every kernel compiles for every architecture we name, without a GPU, and stays within its budget.
 
 The compiler is NVRTC as CuPy calls it: same headers, same options. Registers and shared memory are
-held to ``kernel_budget.json``; nothing may spill. A kernel that needs more than its budget is a
+held to ``budget.json``; nothing may spill. A kernel that needs more than its budget is a
 decision: change the file and say why.
 """
 
@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from gpudbn import cuda
-from tests.kernel_report import record
+from gpudbn.cuda.door import kernels_folder
+from tests.cuda.report import record
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
-BUDGET = json.loads((Path(__file__).parent / "kernel_budget.json").read_text())
+BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
 
 
 def why_no_compiler():
@@ -34,7 +35,7 @@ def why_no_compiler():
     return None
 
 
-def compiled(source, architecture):
+def compiled(source, architecture, extra=()):
     """The compiler's report on a source: {kernel: {"registers", "shared", "spills"}}.
 
     CuPy's own entry to NVRTC asks the driver for the architecture, so this goes one step below it.
@@ -43,7 +44,7 @@ def compiled(source, architecture):
     from cupy.cuda import compiler
 
     options = (*core.assemble_cupy_compiler_options(("--ptxas-options=-v",)), "-ftz=true", f"-arch={architecture}",
-               "--device-as-default-execution-space")
+               "--device-as-default-execution-space", *extra)
     log = io.StringIO()
     compiler._NVRTCProgram(source, "kernels.cu", method="cubin").compile(options, log)
     report = {}
@@ -60,11 +61,11 @@ def compiled(source, architecture):
 
 
 @pytest.mark.skipif(why_no_compiler() is not None, reason=f"kernels are not compiled: {why_no_compiler()}")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("unit", cuda.UNITS)
+@pytest.mark.parametrize(("unit", "architecture"), [(name, architecture) for name, unit in cuda.UNITS.items()
+                                                    for architecture in unit.architectures or ARCHITECTURES])
 def test_kernels_compile_within_their_budget(unit, architecture):
-    report = compiled(cuda.source(unit), architecture)
-    assert set(report) == {kernel for kernel, (file, _) in cuda.KERNELS.items() if file == cuda.UNITS[unit]}
+    report = compiled(cuda.UNITS[unit].source(), architecture, cuda.UNITS[unit].options)
+    assert set(report) == set(cuda.UNITS[unit].kernels)
     for kernel, used in report.items():
         budget = BUDGET[unit][kernel]
         assert used["spills"] == 0, f"{kernel} spills {used['spills']} bytes"
@@ -77,8 +78,8 @@ def test_kernels_compile_within_their_budget(unit, architecture):
 def test_the_compiler_names_file_and_line():
     from cupy.cuda import compiler
 
-    source = cuda.source("half_step small").replace("u.x < p.x", "u.x < nonsense")
-    file = (cuda.kernels_folder() / "half_step.cu").read_text().splitlines()
+    source = cuda.UNITS["half_step small"].source().replace("u.x < p.x", "u.x < nonsense")
+    file = (kernels_folder() / "half_step.cu").read_text().splitlines()
     line = next(number for number, text in enumerate(file, 1) if "u.x < p.x" in text)
     with pytest.raises(compiler.CompileException, match=rf"half_step\.cu\({line}\): error"):
         compiled(source, "sm_90")
@@ -86,10 +87,10 @@ def test_the_compiler_names_file_and_line():
 
 def test_the_budget_lists_what_there_is():
     assert {unit: set(kernels) for unit, kernels in BUDGET.items()} == {
-        unit: {kernel for kernel, (of, _) in cuda.KERNELS.items() if of == file} for unit, file in cuda.UNITS.items()}
+        name: set(unit.kernels) for name, unit in cuda.UNITS.items()}
 
 
-@pytest.mark.parametrize("path", sorted(cuda.kernels_folder().glob("*.cu*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(kernels_folder().glob("*.cu*")), ids=lambda path: path.name)
 def test_kernels_include_no_cuda_header(path):
     """So that they compile where only the compiler is installed, and CuPy's cache sees the whole text."""
     for name in re.findall(r"#\s*include\s*([<\"].*?[>\"])", path.read_text()):

@@ -1,0 +1,43 @@
+"""The GPU twins of ``reference.py``: same names and signatures, for arrays on the current GPU.
+
+    gpu()          the launcher of this process: ``gpu().half_step(...)``
+    Launcher       the same over any maker of modules and any type of array
+    UNITS          what is compiled, KERNELS what is in it
+
+    door.py        reads ``kernels/``, compiles, checks, launches: the only way in
+    draws.py       uniforms and samples
+    layers.py      half-step and gradient of one layer
+    elementwise.py passes over flat arrays
+
+CuPy is imported at the first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from gpudbn.cuda import draws, elementwise, layers
+from gpudbn.cuda.door import Unit
+
+UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS}
+KERNELS = list(dict.fromkeys(kernel for unit in UNITS.values() for kernel in unit.kernels))
+
+
+class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers):
+    """Every kernel. Parameters as of ``door.Door``."""
+
+    units = UNITS
+
+
+@cache
+def gpu() -> Launcher:
+    """The launcher of this process, for its current GPU."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    return Launcher(cupy.RawModule, cupy.ndarray, address_of=lambda array: array.data.ptr,
+                    processors=device.attributes["MultiProcessorCount"],
+                    device_of=lambda array: array.data.device_id, current_device=cupy.cuda.runtime.getDevice,
+                    shared_memory=device.attributes["MaxSharedMemoryPerBlockOptin"],
+                    architecture=f"sm_{device.compute_capability}")

@@ -1,0 +1,41 @@
+"""Launches of ``kernels/draws.cu``: uniforms and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gpudbn.cuda.door import ADDRESS, POINTER, Door, Unit, address, quads
+
+_SIZES = (np.int32, np.int32)
+
+UNITS: Mapping[str, Unit] = {
+    "draws": Unit("draws.cu", {
+        "uniforms": (POINTER, *_SIZES, *ADDRESS),
+        "bernoulli": (POINTER, POINTER, *_SIZES, *ADDRESS),
+    }),
+}
+
+
+class Draws(Door):
+    """Random numbers and samples."""
+
+    def uniforms(self, out, *, seed, update, site, row=0, column=0, columns=None):
+        """See ``reference.uniforms``."""
+        B, m = self._check("uniforms", "out", out, "B", "m")
+        where = address("uniforms", B, m, seed, update, site, row, column, columns)
+        if out.size:
+            self._launch_elementwise("draws", "uniforms", B * quads(m, column), out, B, m, *where)
+        return out
+
+    def bernoulli(self, sample, mean, *, seed, update, site, row=0, column=0, columns=None):
+        """See ``reference.bernoulli``."""
+        B, m = self._check("bernoulli", "mean", mean, "B", "m")
+        self._check("bernoulli", "sample", sample, B, m)
+        where = address("bernoulli", B, m, seed, update, site, row, column, columns)
+        if mean.size:
+            if sample is not mean and self.address_of(sample) != self.address_of(mean):
+                self._check_apart("bernoulli", {"sample": sample}, {"mean": mean})
+            self._launch_elementwise("draws", "bernoulli", B * quads(m, column), sample, mean, B, m, *where)
+        return sample

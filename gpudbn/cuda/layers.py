@@ -1,0 +1,136 @@
+"""Launches of the products of one layer in float32: ``kernels/half_step.cu`` and ``kernels/cd_update.cu``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpudbn.arrays import Array
+from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, POINTER, Door, Kinds, Unit, address
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut among threads; the constants of ``product.cuh``.
+
+    A block makes ``rows`` x ``columns`` sums, a thread ``thread_rows`` x 4; ``depth`` terms are
+    in shared memory at a time, and ``slices`` groups of threads share them out.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    thread_rows: int
+    slices: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.rows // self.thread_rows * (self.columns // 4) * self.slices
+
+    def blocks(self, rows: int, columns: int) -> int:
+        """Blocks of a whole product."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def constants(self) -> dict[str, int]:
+        """The constants as the kernels see them."""
+        return {"TILE_ROWS": self.rows, "TILE_COLUMNS": self.columns, "TILE_DEPTH": self.depth,
+                "THREAD_ROWS": self.thread_rows, "SLICES": self.slices, "THREADS": self.threads}
+
+
+# Small tiles for small layers: half_step makes 112 blocks of 784x500 at B = 100, about one for each of the 132
+# multiprocessors of an H200, with eight slices of the depth in each; cd_update makes 400, with four. Large tiles read
+# less for each sum, where products fill the chip anyway: as large as registers allow two blocks a multiprocessor.
+TILES = {
+    "half_step small": Tile(rows=16, columns=32, depth=128, thread_rows=4, slices=8),
+    "half_step large": Tile(rows=64, columns=64, depth=32, thread_rows=4, slices=1),
+    "cd_update small": Tile(rows=32, columns=32, depth=64, thread_rows=4, slices=4),
+    "cd_update large": Tile(rows=128, columns=64, depth=32, thread_rows=8, slices=1),
+}
+
+_I4, _F4 = np.int32, np.float32
+_HALF_STEP: Kinds = (POINTER,) * 5 + (_I4, _I4, _I4, *ADDRESS)  # sample, mean, x, W, bias, B, n, m
+_CD: Kinds = (POINTER, POINTER, _I4, _I4, _I4, _I4, _F4)  # v, h, n, m, K, rows, model_weight
+KERNELS: dict[str, dict[str, Kinds]] = {
+    "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
+    "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD), "cd_update": (POINTER, POINTER, *_CD, _F4, _F4, _F4)},
+}
+
+UNITS: Mapping[str, Unit] = {name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants())
+                             for name, tile in TILES.items()}
+
+
+class Layers(Door):
+    """The half-step and the gradient of contrastive divergence."""
+
+    def _choose(self, name: str, rows: int, columns: int) -> tuple[str, Tile]:
+        """The large tile where it makes enough blocks for half the chip, since each does twice the work a read."""
+        size = "large" if 2 * TILES[f"{name} large"].blocks(rows, columns) >= self.processors else "small"
+        return f"{name} {size}", TILES[f"{name} {size}"]
+
+    def half_step(self, sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0,
+                  columns=None):
+        """See ``reference.half_step``."""
+        if transpose:
+            m, n = self._check("half_step", "W", W, "m", "n")
+        else:
+            n, m = self._check("half_step", "W", W, "n", "m")
+        B, _ = self._check("half_step", "x", x, "B", n)
+        self._check("half_step", "bias", bias, m)
+        if sample is None and mean is None:
+            raise ValueError("half_step: one of sample and mean must be given; got None for both")
+        if mean is not None:
+            self._check("half_step", "mean", mean, B, m)
+        where, shift = (0, 0, 0, 0, 0, 0), 0  # where nothing is drawn
+        if sample is not None:
+            self._check("half_step", "sample", sample, B, m)
+            where, shift = address("half_step", B, m, seed, update, site, row, column, columns), column % 4
+        if B == 0 or m == 0:
+            return
+        self._check_apart("half_step", {"sample": sample, "mean": mean}, {"x": x, "W": W, "bias": bias})
+        unit, tile = self._choose("half_step", B, m + shift)
+        grid = -(-B // tile.rows), -(-(m + shift) // tile.columns)
+        if grid[1] > MOST_IN_Y:
+            raise ValueError(f"half_step: m must be at most {MOST_IN_Y * tile.columns - 3}; got {m}")
+        self._launch(unit, "half_step_transposed" if transpose else "half_step", grid, tile.threads,
+                     sample, mean, x, W, bias, B, n, m, *where)
+
+    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0):
+        """See ``reference.cd_sums``."""
+        K, n, m = self._cd_sizes("cd_sums", v, h, rows)
+        self._check("cd_sums", "dW", dW, n, m)
+        self._check("cd_sums", "db", db, n)
+        self._check("cd_sums", "dc", dc, m)
+        self._check_apart("cd_sums", {"dW": dW, "db": db, "dc": dc}, {"v": v, "h": h})
+        unit, grid, threads = self._cd_grid("cd_sums", n, m)
+        self._launch(unit, "cd_sums", grid, threads, dW, db, dc, v, h, n, m, K, rows, model_weight)
+
+    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay):
+        """See ``reference.cd_update``. ``gradient`` is not touched and may be None: the sums stay in registers."""
+        _ = gradient
+        K, _, _ = self._cd_sizes("cd_update", v, h, rows, n, m)
+        if rows == 0:
+            raise ValueError("cd_update: rows must be positive; got 0")
+        self._check("cd_update", "parameters", parameters, n * m + n + m)
+        self._check("cd_update", "velocity", velocity, n * m + n + m)
+        self._check_apart("cd_update", {"parameters": parameters, "velocity": velocity}, {"v": v, "h": h})
+        self._check_apart("cd_update", {"velocity": velocity}, {"parameters": parameters})
+        unit, grid, threads = self._cd_grid("cd_update", n, m)
+        self._launch(unit, "cd_update", grid, threads, parameters, velocity, v, h, n, m, K, rows, model_weight,
+                     rate * (1 / rows), momentum, rate * decay)
+
+    def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
+        K, n = self._check(function, "v", v, "rows + C", n)
+        _, m = self._check(function, "h", h, K, m)
+        if not 0 <= rows <= K:
+            raise ValueError(f"{function}: rows must lie between 0 and the {K} rows of v; got {rows}")
+        return K, n, m
+
+    def _cd_grid(self, function: str, n: int, m: int) -> tuple[str, tuple[int, int], int]:
+        unit, tile = self._choose("cd_update", n + 1, m + 1)  # one more of each for the biases
+        grid = -(-(m + 1) // tile.columns), -(-(n + 1) // tile.rows)
+        if grid[1] > MOST_IN_Y:
+            raise ValueError(f"{function}: n must be below {MOST_IN_Y * tile.rows}; got {n}")
+        return unit, grid, tile.threads

@@ -1,0 +1,113 @@
+"""``draws.cu``: the bits of ``draws.py`` on every device, at every address."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn import draws
+from gpudbn.cuda.door import kernels_folder
+from tests.cuda.checks import (
+    COLUMNS,
+    EPS,
+    FAR,
+    NEAR,
+    ON_CPU,
+    ON_GPU,
+    ONE_SCHEDULE,
+    SMALL_TILES,
+    Arrays,
+    host_uniforms,
+    sees_fault,
+)
+from tests.cuda_on_cpu import runtime
+
+VECTORS = [  # of Random123 (kat_vectors): counter, key, output
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+
+WORDS = """
+extern "C" __global__ void words(unsigned* out, const unsigned* counters, const unsigned* keys)
+{
+    const unsigned *c = counters + 4 * threadIdx.x, *k = keys + 2 * threadIdx.x;
+    uint4 word = philox4x32(make_uint4(c[0], c[1], c[2], c[3]), make_uint2(k[0], k[1]));
+    unsigned* o = out + 4 * threadIdx.x;
+    o[0] = word.x, o[1] = word.y, o[2] = word.z, o[3] = word.w;
+}
+"""
+
+
+def check_uniforms(launcher, B, m, address, column, columns, offset=0):
+    arrays = Arrays(launcher, offset)
+    out = arrays.empty(B, m)
+    assert launcher.uniforms(out, **address, column=column, columns=columns) is out
+    assert np.array_equal(arrays.get(out), host_uniforms(B, m, address, column, columns))
+    arrays.passed("uniforms")
+
+
+def check_bernoulli(launcher, B, m, address, column, columns, in_place=False):
+    arrays, u = Arrays(launcher), host_uniforms(B, m, address, column, columns)
+    p = np.random.default_rng(B + m).random((B, m), np.float32)
+    p[-1, -1] = np.nextafter(u[-1, -1], np.float32(2))  # u < p by a hair
+    p[0, 0] = u[0, 0]  # and not u < p
+    mean = arrays.put(p)
+    sample = mean if in_place else arrays.empty(B, m)
+    assert launcher.bernoulli(sample, mean, **address, column=column, columns=columns) is sample
+    assert np.array_equal(arrays.get(sample), u < p)
+    assert in_place or np.array_equal(arrays.get(mean), p)
+    arrays.passed("bernoulli")
+
+
+def test_philox_gives_the_published_words():
+    rng = np.random.default_rng(0)
+    counters = np.concatenate([[v[0] for v in VECTORS], rng.integers(0, 1 << 32, (29, 4))]).astype(np.uint32)
+    keys = np.concatenate([[v[1] for v in VECTORS], rng.integers(0, 1 << 32, (29, 2))]).astype(np.uint32)
+    out = np.zeros((32, 4), np.uint32)
+    module = runtime.Module((kernels_folder() / "philox.cuh").read_text() + WORDS)
+    module.get_function("words")((1,), (32,), (out, counters, keys))
+    assert out[:3].tolist() == [list(v[2]) for v in VECTORS]
+    for counter, key, words in zip(counters, keys, out, strict=True):
+        assert [int(word) for word in draws.philox4x32(counter, key)] == words.tolist()
+
+
+@ON_CPU
+@SMALL_TILES
+@pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
+def test_uniforms_at_the_published_vectors(launcher, counter, key, words):
+    """The index is counter words 0 and 1, the seed is the key: low and high halves are in their places."""
+    out = np.empty((1, 4), np.float32)
+    launcher.uniforms(out, seed=key[1] << 32 | key[0], row=counter[1] << 32 | counter[0], update=counter[2],
+                                site=counter[3])
+    assert out.tolist() == [[(word >> 8) * EPS for word in words]]
+
+
+@SMALL_TILES
+@pytest.mark.parametrize(("column", "columns"), COLUMNS)
+def test_uniforms(launcher, column, columns):
+    for B, m in [(1, 1), (3, 2), (37, 131), (70, 92), (2, 2048)]:
+        for address in (NEAR, FAR):
+            if columns is None or column + m <= columns:
+                check_uniforms(launcher, B, m, address, column, columns)
+    check_uniforms(launcher, 5, 8, FAR, column, columns, offset=1)
+
+
+@ON_GPU
+@SMALL_TILES
+def test_uniforms_of_more_than_the_threads_of_a_chip(launcher):
+    check_uniforms(launcher, 2049, 2047, FAR, 3, 3001)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("column", "columns"), COLUMNS)
+def test_bernoulli(launcher, column, columns, in_place):
+    for B, m in [(1, 1), (37, 131), (70, 92)]:
+        check_bernoulli(launcher, B, m, FAR, column, columns, in_place)
+
+
+def test_planted_fault_is_seen():
+    assert sees_fault("u.x < p.x", "u.x <= p.x", lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None))

@@ -1,0 +1,281 @@
+"""``half_step.cu`` and ``cd_update.cu``: float64 is the judge, at any size, cut and address."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn import reference
+from tests.cuda.checks import (
+    COLUMNS,
+    EPS,
+    FAR,
+    NEAR,
+    ON_CPU,
+    ON_GPU,
+    ONE_SCHEDULE,
+    SMALL_TILES,
+    SURE,
+    Arrays,
+    barriers,
+    host_uniforms,
+    sees_fault,
+)
+from tests.cuda.test_elementwise import check_step
+from tests.helpers import assert_close
+
+# B, n, m: one, primes, whole tiles, multiples of 4 with tails
+SIZES = [(1, 1, 1), (5, 3, 2), (17, 131, 37), (37, 67, 131), (16, 128, 32), (70, 200, 92)]
+# n, m, rows, C: one, primes, whole tiles, multiples of 4 with tails, one phase alone
+CD_SIZES = [(1, 1, 1, 1), (3, 2, 5, 4), (37, 131, 17, 17), (131, 67, 41, 7), (64, 32, 32, 32), (92, 60, 70, 70),
+            (31, 31, 3, 0), (5, 7, 0, 3)]
+REAL_SIZES = [(100, 784, 500), (128, 784, 2000), (1000, 1031, 1009)]
+
+both_ways = pytest.mark.parametrize("transpose", [False, True])
+
+
+def check_half_step(launcher, B, n, m, *, transpose=False, address=FAR, column=0, columns=None, sample=True, mean=True,
+                    offset=0):
+    """Means to the rounding of a float32 sum, samples where they are sure, both against float64."""
+    rng = np.random.default_rng([B, n, m])
+    x, W, bias = (a.astype(np.float32) for a in (rng.random((B, n)), rng.normal(0, 0.3, (n, m)), rng.normal(0, 1, m)))
+    arrays = Arrays(launcher, offset)
+    inputs = [arrays.put(x), arrays.put(W.T if transpose else W), arrays.put(bias)]
+    s, p = arrays.empty(B, m) if sample else None, arrays.empty(B, m) if mean else None
+    launcher.half_step(s, p, *inputs, transpose=transpose, **address, column=column, columns=columns)
+
+    W64 = W.astype(np.float64)
+    exact = 1 / (1 + np.exp(-(x @ W64 + bias)))
+    if mean:
+        rounding = EPS * (2 + x @ np.abs(W64) + np.abs(bias))
+        assert_close(arrays.get(p) / rounding, exact / rounding, atol=1.0)
+    if sample:
+        u, got = host_uniforms(B, m, address, column, columns), arrays.get(s)
+        assert np.isin(got, (0, 1)).all()
+        assert (got == (u < exact))[np.abs(u - exact) > SURE].all(), "samples differ"
+    for given, before in zip(inputs, (x, W.T if transpose else W, bias), strict=True):
+        assert np.array_equal(arrays.get(given), before), "an input was changed"
+    arrays.passed("half_step_transposed" if transpose else "half_step")
+
+
+def cd_case(n, m, rows, C, binary=False):
+    rng = np.random.default_rng([n, m, rows])
+    v, h = rng.random((rows + C, n), np.float32), rng.random((rows + C, m), np.float32)
+    return ((v < 0.5).astype(np.float32), (h < 0.5).astype(np.float32)) if binary else (v, h)
+
+
+def exact_sums(v, h, rows, w):
+    """dW, db, dc end to end, in float64; and what float32 may err: half a unit a term, as a random walk."""
+    v, h = v.astype(np.float64), h.astype(np.float64)
+    sign = np.where(np.arange(len(v)) < rows, 1.0, -float(np.float32(w)))[:, None]
+    sums = v.T @ (sign * h), (sign * v).sum(0), (sign * h).sum(0)
+    size = np.abs(v).T @ np.abs(sign * h), np.abs(sign * v).sum(0), np.abs(sign * h).sum(0)
+    flat_sums, flat_size = (np.concatenate([part.ravel() for part in parts]) for parts in (sums, size))
+    return flat_sums, EPS * (2 + np.sqrt(len(v))) * flat_size + 1e-30
+
+
+def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False):
+    arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C, binary)
+    out = arrays.empty(n, m), arrays.empty(n), arrays.empty(m)
+    launcher.cd_sums(*out, arrays.put(v), arrays.put(h), rows, model_weight=w)
+    got = np.concatenate([arrays.get(part).ravel() for part in out])
+    exact, error = exact_sums(v, h, rows, w)
+    assert_close(got / error, exact / error, atol=1.0)
+    if binary:
+        assert np.array_equal(got, exact), "sums of zeros and ones must be exact"
+        twin = np.empty((n, m), np.float32), np.empty(n, np.float32), np.empty(m, np.float32)
+        reference.cd_sums(*twin, v, h, rows, model_weight=w)
+        assert np.array_equal(got, np.concatenate([part.ravel() for part in twin]))
+    arrays.passed("cd_sums")
+
+
+def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, **step):
+    arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C)
+    on_device = arrays.put(v), arrays.put(h)
+
+    def launch(parameters, velocity, **numbers):
+        launcher.cd_update(parameters, velocity, None, n, m, *on_device, rows, model_weight=w, **numbers)
+
+    check_step(launch, arrays, n * m + n + m, n * m, *exact_sums(v, h, rows, w), scale=1 / rows, **step)
+    arrays.passed("cd_update")
+
+
+# --------------------------------------------------------------------------------------------------- half_step
+
+
+@both_ways
+def test_half_step(launcher, transpose):
+    for sizes in SIZES:
+        check_half_step(launcher, *sizes, transpose=transpose)
+
+
+@ONE_SCHEDULE
+@both_ways
+@pytest.mark.parametrize(("column", "columns"), COLUMNS)
+def test_half_step_of_a_shard(launcher, column, columns, transpose):
+    """A shard of a layer draws what the whole layer would, wherever it was cut."""
+    for sizes in [(17, 31, 37), (9, 20, 64)]:
+        check_half_step(launcher, *sizes, transpose=transpose, column=column, columns=columns)
+
+
+@ONE_SCHEDULE
+@both_ways
+def test_half_step_without_one_output(launcher, transpose):
+    check_half_step(launcher, 17, 31, 37, transpose=transpose, sample=False)
+    check_half_step(launcher, 17, 31, 37, transpose=transpose, mean=False)
+
+
+@ONE_SCHEDULE
+@both_ways
+def test_half_step_at_odd_addresses(launcher, transpose):
+    """Rows are multiples of 16 bytes but do not begin at one: nothing may be read as a quad."""
+    check_half_step(launcher, 17, 32, 36, transpose=transpose, offset=1)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+def test_half_step_into_one_array(launcher):
+    """sample and mean may be one array: the sample wins, as in the twin."""
+    rng, arrays = np.random.default_rng(0), Arrays(launcher)
+    x, W, bias = (arrays.put(rng.random(shape)) for shape in ((17, 31), (31, 37), 37))
+    one, s, p = (arrays.empty(17, 37) for _ in range(3))
+    launcher.half_step(one, one, x, W, bias, **NEAR)
+    launcher.half_step(s, p, x, W, bias, **NEAR)
+    assert np.array_equal(arrays.get(one), arrays.get(s))
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+def test_half_step_of_nothing(launcher):
+    arrays = Arrays(launcher)
+    for B, m in [(0, 5), (5, 0)]:
+        launcher.half_step(arrays.empty(B, m), arrays.empty(B, m), arrays.empty(B, 3), arrays.empty(3, m),
+                           arrays.empty(m), **NEAR)
+    p = arrays.empty(5, 3)
+    launcher.half_step(None, p, arrays.empty(5, 0), arrays.empty(0, 3), arrays.put(np.zeros(3)))  # the bias alone
+    assert (arrays.get(p) == 0.5).all()
+
+
+# --------------------------------------------------------------------------------------- gradient and the step
+
+
+def test_cd_sums(launcher):
+    for sizes in CD_SIZES:
+        check_cd_sums(launcher, *sizes)
+    check_cd_sums(launcher, 32, 36, 17, 17, offset=1)
+
+
+@ONE_SCHEDULE
+def test_cd_sums_of_samples_are_exact(launcher):
+    check_cd_sums(launcher, 37, 131, 41, 41, w=1.0, binary=True)
+
+
+def test_cd_update(launcher):
+    for sizes in CD_SIZES[:-1]:
+        check_cd_update(launcher, *sizes)
+    check_cd_update(launcher, 32, 36, 17, 17, offset=1)
+    check_cd_update(launcher, 37, 31, 17, 17, momentum=0.0, decay=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- real sizes
+
+
+@ON_CPU
+def test_the_size_of_a_real_layer(launcher):
+    check_half_step(launcher, 100, 784, 500)
+    check_half_step(launcher, 100, 500, 784, transpose=True)
+    check_cd_update(launcher, 784, 500, 100, 100)
+
+
+@ON_GPU
+@both_ways
+def test_half_step_of_real_layers(launcher, transpose):
+    for sizes in REAL_SIZES:
+        check_half_step(launcher, *sizes, transpose=transpose)
+
+
+@ON_GPU
+def test_gradients_of_real_layers(launcher):
+    for sizes in [(784, 500, 100, 100), (1031, 1009, 500, 300)]:
+        check_cd_sums(launcher, *sizes)
+        check_cd_update(launcher, *sizes)
+
+
+@ON_GPU
+@pytest.mark.parametrize(("B", "n", "m"), REAL_SIZES)
+def test_half_step_errs_at_most_twice_as_much_as_the_plain_formula(launcher, B, n, m):
+    import cupy
+
+    rng = np.random.default_rng(0)
+    x, W, bias = (rng.random((B, n)) < 0.2, rng.normal(0, 0.1, (n, m)), rng.normal(0, 1, m))
+    x, W, bias = (cupy.asarray(a, np.float32) for a in (x, W, bias))
+    exact = 1 / (1 + cupy.exp(-(x.astype(np.float64) @ W.astype(np.float64) + bias)))
+    mean = cupy.empty((B, m), np.float32)
+    launcher.half_step(None, mean, x, W, bias)
+    plain = 1 / (1 + cupy.exp(-(x @ W + bias)))
+    assert abs(mean - exact).max() <= 2 * abs(plain - exact).max()
+
+
+@ON_GPU
+def test_cd_sums_err_at_most_twice_as_much_as_the_plain_formula(launcher):
+    import cupy
+
+    rng, n, m, rows = np.random.default_rng(0), 784, 500, 100
+    v, h = (cupy.asarray(rng.random((2 * rows, size)), np.float32) for size in (n, m))
+    dW, db, dc = cupy.empty((n, m), np.float32), cupy.empty(n, np.float32), cupy.empty(m, np.float32)
+    launcher.cd_sums(dW, db, dc, v, h, rows)
+    v64, h64 = v.astype(np.float64), h.astype(np.float64)
+    exact = v64[:rows].T @ h64[:rows] - v64[rows:].T @ h64[rows:]
+    plain = v[:rows].T @ h[:rows] - v[rows:].T @ h[rows:]
+    assert abs(dW - exact).max() <= 2 * abs(plain - exact).max()
+
+
+# -------------------------------------------------------------------------------------------- planted faults
+
+
+def half_step_check(launcher):
+    check_half_step(launcher, 17, 131, 37)
+    check_half_step(launcher, 17, 131, 37, transpose=True)
+
+
+def shard_check(launcher):
+    check_half_step(launcher, 17, 31, 37, column=7, columns=157)
+
+
+def cd_sums_check(launcher):
+    check_cd_sums(launcher, 37, 131, 41, 17)
+
+
+def cd_update_check(launcher):
+    check_cd_update(launcher, 37, 37, 41, 17)
+
+
+FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
+    "counter: next block":
+        ("(column / 4 + (u64)q)", "(column / 4 + (u64)q + 1)", half_step_check, "small"),
+    "counter: upper half of the index":
+        ("(u32)(index >> 32)", "0", half_step_check, "small"),
+    "counter: start of a shard":
+        ("(column / 4 + (u64)q)", "((u64)q)", shard_check, "small"),
+    "product: swapped index":
+        ("(N == ALONG_DEPTH ? out[j][i] : out[i][j])", "out[i][j]", half_step_check, "small"),
+    "product: one term too many":
+        ("k < depth ?", "k <= depth ?", cd_sums_check, "small"),
+    "product: a slice left out":
+        ("for (int s = 0; s < SLICES; s++)", "for (int s = 1; s < SLICES; s++)", cd_sums_check, "small"),
+    "product: tail not guarded":
+        ("0 <= i && i < size ? row[i] : 0.0f", "row[i]", half_step_check, "small"),
+    "half_step: bias one off":
+        ("load_quad(bias, j, m, false)", "load_quad(bias, j + 1, m, false)", half_step_check, "large"),
+    "cd_update: sign":
+        (": -model_weight", ": model_weight", cd_update_check, "small"),
+    "cd_update: biases exchanged":
+        ("(visible ? p.b : p.c)[i]", "(visible ? p.c : p.b)[i]", cd_update_check, "large"),
+}
+FAULTS |= {f"product: no barrier, {line.partition('// ')[2]}": (line, "", half_step_check, "small")
+           for line in barriers("product.cuh")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_seen(fault):
+    assert sees_fault(*FAULTS[fault])
