@@ -2,7 +2,7 @@
 //
 //     sum[r, c] = sum over k of a(r, k) b(k, c)          r, c in one tile; k from 0 to depth
 //
-// The caller's constants, from cuda.py: a block of THREADS threads makes TILE_ROWS x TILE_COLUMNS sums; a thread makes
+// The caller's constants, from gpudbn/cuda/layers.py: a block of THREADS threads makes TILE_ROWS x TILE_COLUMNS sums; a thread makes
 // THREAD_ROWS x 4 of them in registers. TILE_DEPTH values of k are in shared memory at a time, and the next ones on their
 // way. SLICES groups of threads share out those k among themselves and add up at the end: so a small product, which has few
 // tiles, still has enough threads to hide the way to memory. The order of the sum is fixed by these constants.
