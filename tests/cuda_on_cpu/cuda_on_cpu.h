@@ -6,7 +6,8 @@
 //     block          one OS thread at a time; __shared__ variables are thread_local, so each block has its own
 //     CUDA thread    a fiber: own stack, own registers, switched by hand and only inside barriers and warp operations
 //
-// Barriers, shuffles, votes, atomics, grid barriers and dynamic shared memory do what they do on a GPU. Between two
+// Barriers, shuffles, votes, atomics, grid barriers and dynamic shared memory do what they do on a GPU; so do the tensor
+// cores' instructions and asynchronous copies of mma.cuh, by their stand-ins in mma.h. Between two
 // barriers the order of the threads is the launch's schedule: forward, reverse or random. A kernel whose result depends on
 // it lacks a barrier. Reported as errors: deadlock, __syncthreads reached at two places at once, lanes that disagree on a
 // mask, a grid barrier in an ordinary launch or after some blocks have ended.
@@ -18,6 +19,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -115,11 +117,20 @@ struct Place {  // of a call in the source, for messages and to tell barriers ap
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 enum class Schedule { forward, reverse, random };
 
+struct Copy {  // a cp.async on its way
+    void* to;
+    const void* from;
+    int bytes, size;  // read, written
+    unsigned group;
+};
+
 struct Fiber {
     Context context;
     uint3 index;
     State state;
     Place place;  // of the barrier it waits at
+    std::vector<Copy> copies;
+    unsigned groups;  // of copies, that were committed
 };
 
 constexpr std::size_t STACK_BYTES = (64 << 10) + 320;  // the odd end keeps stack tops out of one another's cache sets
@@ -147,7 +158,7 @@ struct Launch {  // what all blocks of a launch share
 
 struct Warp {
     uint32_t alive, arrived, mask;
-    uint64_t exchange[32];  // what each lane shows to the others
+    uint64_t exchange[3 * 32];  // what each lane shows to the others
 };
 
 struct Block {  // one for each OS thread, set up anew for each block it runs
@@ -398,6 +409,8 @@ inline void run_blocks(Launch& launch, unsigned first, unsigned step)
             f.index = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
             f.state = State::ready;
             f.place = {"its start", 0};
+            f.copies.clear();
+            f.groups = 0;
             make_context(&f.context, b.stacks + STACK_BYTES * i, STACK_BYTES, fiber_entry);
         }
         b.current = 0;
@@ -516,3 +529,5 @@ inline float __fdividef(float a, float b) { return a / b; }
 template <class T> T __ldg(const T* at) { return *at; }
 template <class T> T min(T a, std::type_identity_t<T> b) { return b < a ? b : a; }
 template <class T> T max(T a, std::type_identity_t<T> b) { return a < b ? b : a; }
+
+#include "mma.h"

@@ -121,7 +121,7 @@ def _three(sizes) -> ctypes.Array:
 def _compiled(text: str) -> Path:
     """The shared library of a text, from the cache or made now."""
     key = hashlib.sha256()
-    headers = HEADER.read_text() + (HERE / "cooperative_groups.h").read_text()
+    headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
     for part in (text, headers, " ".join(FLAGS), platform.platform()):
         key.update(part.encode())
     folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}"
