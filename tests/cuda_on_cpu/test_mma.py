@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import cuda
-from tests.cuda_on_cpu import runtime
+from gpudbn.cuda.door import kernels_folder
 from tests.cuda.test_compile import ARCHITECTURES, compiled, why_no_compiler
+from tests.cuda_on_cpu import runtime
 
 MMA = r"""
 template <class Sum, class Instruction>
@@ -152,7 +152,7 @@ extern "C" __global__ void odd_source(float* x)
 
 
 def text(kernels=MMA):
-    return (cuda.kernels_folder() / "mma.cuh").read_text().replace("#pragma once", "") + kernels
+    return (kernels_folder() / "mma.cuh").read_text().replace("#pragma once", "") + kernels
 
 
 on_cpu = pytest.mark.skipif(runtime.why_not() is not None, reason=f"kernels on the CPU: {runtime.why_not()}")
