@@ -106,7 +106,7 @@ class _Stream(threading.local):
 _stream = _Stream()
 
 
-def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
+def uniforms(out, *, seed, update, site, row=0, column=0, columns=None, clock=None):
     """Fill ``out`` with u(seed, update, site, row + i, column + j).
 
     Parameters
@@ -117,6 +117,8 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
         The address of ``out[0, 0]``; see the head of this file.
     columns : int, optional
         Size of the whole layer; ``column + m`` if not given.
+    clock : array (1,), uint32, optional
+        Added to ``update``: where launches are repeated as they are in a CUDA graph.
 
     Returns
     -------
@@ -129,6 +131,7 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None):
     """
     rows, m = out.shape
     columns = column + m if columns is None else columns
+    update += 0 if clock is None else int(clock[0])
     if not 0 <= column <= columns - m:  # it would take the draws of the next row
         raise ValueError(f"uniforms: column + {m} must be at most columns; got {column} of {columns}")
     blocks = -(-columns // 4)

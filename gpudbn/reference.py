@@ -56,7 +56,7 @@ def sigmoid(x):
     return np.add(x, half, out=x)
 
 
-def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None):
+def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None, clock=None):
     """sample[r, j] <- 1 if u(r, j) < mean[r, j] else 0.
 
     Parameters
@@ -65,16 +65,17 @@ def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None
         Overwritten. May be ``mean`` itself.
     mean : array (B, m), float32
         Probabilities in [0, 1].
-    seed, update, site, row, column, columns : int
+    seed, update, site, row, column, columns, clock
         Address of the draws, see ``draws``.
     """
     u = uniforms(_scratch.get("u", mean.shape), seed=seed, update=update, site=site, row=row, column=column,
-                 columns=columns)
+                 columns=columns, clock=clock)
     np.less(u, mean, out=sample, casting="unsafe")
     return sample
 
 
-def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0, columns=None):
+def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0, columns=None,
+              clock=None):
     """mean <- sigmoid(x W + bias), sample ~ Bernoulli(mean): half a Gibbs step.
 
     Parameters
@@ -88,7 +89,7 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, si
     W : array (n, m), float32; or (m, n) with ``transpose``
         Weights. ``transpose`` multiplies by W^T: the step from hidden to visible.
     bias : array (m,), float32
-    seed, update, site, row, column, columns : int
+    seed, update, site, row, column, columns, clock
         Address of ``sample[0, 0]``, see ``draws``.
 
     Notes
@@ -100,7 +101,8 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, si
     np.add(out, bias, out=out)
     sigmoid(out)
     if sample is not None:
-        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns)
+        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
+                  clock=clock)
 
 
 def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
@@ -136,7 +138,7 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
     np.sum(signed, axis=0, out=dc)
 
 
-def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momentum, decay):
+def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):
     """velocity <- momentum velocity + rate (scale gradient - decay W);  parameters <- parameters + velocity.
 
     Parameters
@@ -150,26 +152,31 @@ def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momen
     scale : float
         One over the number of rows that were summed.
     rate, momentum, decay : float
+    rates : array (3,), float32, optional
+        rate scale, momentum and rate decay, which then count instead: where launches are repeated as they
+        are in a CUDA graph.
 
     Notes
     -----
     Hinton (2012), sections 9 and 10: L2 decay is multiplied by the learning rate.
     """
+    rate_scale, momentum, rate_decay = (rate * scale, momentum, rate * decay) if rates is None else rates
     work = _scratch.get("step", (min(PIECE, parameters.size),))
     for start in range(0, parameters.size, PIECE):
         p, u, g = (a[start : start + PIECE] for a in (parameters, velocity, gradient))
         t = work[: p.size]
         np.multiply(u, np.float32(momentum), out=u)
-        np.multiply(g, np.float32(rate * scale), out=t)
+        np.multiply(g, np.float32(rate_scale), out=t)
         np.add(u, t, out=u)
         decaying = min(max(weights - start, 0), p.size)
-        if decay and decaying:
-            np.multiply(p[:decaying], np.float32(rate * decay), out=t[:decaying])
+        if rate_decay and decaying:
+            np.multiply(p[:decaying], np.float32(rate_decay), out=t[:decaying])
             np.subtract(u[:decaying], t[:decaying], out=u[:decaying])
         np.add(p, u, out=p)
 
 
-def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay):
+def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
+              rates=None):
     """One CD-k update of an RBM: ``cd_sums`` and ``momentum_step`` in one.
 
     Parameters
@@ -182,11 +189,11 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
         Visible and hidden units.
     v, h, rows, model_weight
         As in ``cd_sums``.
-    rate, momentum, decay : float
+    rate, momentum, decay, rates
         As in ``momentum_step``.
     """
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
     cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
     momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum,
-                  decay=decay)
+                  decay=decay, rates=rates)

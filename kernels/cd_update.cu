@@ -6,6 +6,7 @@
 // dW, db, dc            (n, m), (n,), (m,)  out
 // parameters, velocity  (n m + n + m,)      in and out: W, b, c end to end; no gradient is written
 // v, h                  (K, n), (K, m)      in; the first `rows` rows are v0, h0, the others vk, hk
+// rates                 (3,)                in, or null: rate_scale, momentum, rate_decay
 //
 // Both products are one, over all K rows, with the sign in h. The biases are weights to a unit that is always 1: the product
 // is (n + 1, m + 1), its last column is db, its last row dc, its corner is not used.
@@ -76,22 +77,24 @@ cd_sums(float* dW, float* db, float* dc, const float* __restrict__ v, const floa
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 cd_update(float* parameters, float* velocity, const float* __restrict__ v, const float* __restrict__ h,
-          int n, int m, int K, int rows, float model_weight, float rate_scale, float momentum, float rate_decay)
+          int n, int m, int K, int rows, float model_weight, float rate_scale, float momentum, float rate_decay,
+          const float* rates)
 {
+    Rates r(rate_scale, momentum, rate_decay, rates);
     Layer p = layer_in(parameters, n, m), u = layer_in(velocity, n, m);
     bool p_aligned = quads_aligned(p.W, m), u_aligned = quads_aligned(u.W, m);
     cd_tile(v, h, n, m, K, rows, model_weight,
             [&](int i, int j, float4 sum) {
                 float *p_row = p.W + (long long)i * m, *u_row = u.W + (long long)i * m;
                 float4 weight = load_quad(p_row, j, m, p_aligned), speed = load_quad(u_row, j, m, u_aligned);
-                step(weight.x, speed.x, sum.x, rate_scale, momentum, rate_decay);
-                step(weight.y, speed.y, sum.y, rate_scale, momentum, rate_decay);
-                step(weight.z, speed.z, sum.z, rate_scale, momentum, rate_decay);
-                step(weight.w, speed.w, sum.w, rate_scale, momentum, rate_decay);
+                step(weight.x, speed.x, sum.x, r, true);
+                step(weight.y, speed.y, sum.y, r, true);
+                step(weight.z, speed.z, sum.z, r, true);
+                step(weight.w, speed.w, sum.w, r, true);
                 store_quad(p_row, j, m, p_aligned, weight);
                 store_quad(u_row, j, m, u_aligned, speed);
             },
             [&](bool visible, int i, float sum) {
-                step((visible ? p.b : p.c)[i], (visible ? u.b : u.c)[i], sum, rate_scale, momentum, 0.0f);
+                step((visible ? p.b : p.c)[i], (visible ? u.b : u.c)[i], sum, r, false);
             });
 }

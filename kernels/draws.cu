@@ -23,9 +23,10 @@ __device__ __forceinline__ void every_quad(int B, int m, int shift, Visit visit)
     }
 }
 
-extern "C" __global__ void uniforms(float* out, int B, int m, u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+extern "C" __global__ void uniforms(float* out, int B, int m,
+                                    u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
-    Address address = {seed, update, site, row, column, blocks};
+    Address address = {seed, update, site, row, column, blocks, clock};
     bool aligned = quads_aligned(out, m, address.shift());
     every_quad(B, m, address.shift(), [&](long long r, long long q, int first) {
         store_quad(out + r * m, first, m, aligned, address.draw(r, q));
@@ -33,9 +34,9 @@ extern "C" __global__ void uniforms(float* out, int B, int m, u64 seed, u32 upda
 }
 
 extern "C" __global__ void bernoulli(float* sample, const float* mean, int B, int m,
-                                     u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+                                     u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
-    Address address = {seed, update, site, row, column, blocks};
+    Address address = {seed, update, site, row, column, blocks, clock};
     int shift = address.shift();
     bool read_aligned = quads_aligned(mean, m, shift), write_aligned = quads_aligned(sample, m, shift);
     every_quad(B, m, shift, [&](long long r, long long q, int first) {

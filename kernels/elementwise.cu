@@ -6,6 +6,7 @@
 // x                     (size,)  in and out
 // parameters, velocity  (size,)  in and out; the first `weights` entries decay, the biases behind them do not
 // gradient              (size,)  in
+// rates                 (3,)     in, or null: rate_scale, momentum, rate_decay
 //
 // Launch: one thread an entry, 1-D, any number of blocks of any size; tail guarded.
 // Twins: reference.sigmoid, reference.momentum_step
@@ -26,9 +27,10 @@ extern "C" __global__ void sigmoid(float* x, long long size)
 
 extern "C" __global__ void momentum_step(float* parameters, float* velocity, const float* gradient,
                                          long long size, long long weights,
-                                         float rate_scale, float momentum, float rate_decay)
+                                         float rate_scale, float momentum, float rate_decay, const float* rates)
 {
+    Rates r(rate_scale, momentum, rate_decay, rates);
     every_entry(size, [&](long long i) {
-        step(parameters[i], velocity[i], gradient[i], rate_scale, momentum, i < weights ? rate_decay : 0.0f);
+        step(parameters[i], velocity[i], gradient[i], r, i < weights);
     });
 }

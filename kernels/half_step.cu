@@ -46,15 +46,15 @@ __device__ __forceinline__ void half_step_tile(float* sample, float* mean, const
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 half_step(float* sample, float* mean, const float* __restrict__ x, const float* __restrict__ W,
           const float* __restrict__ bias, int B, int n, int m,
-          u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+          u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
-    half_step_tile<ALONG_LINES>(sample, mean, x, W, bias, B, n, m, {seed, update, site, row, column, blocks});
+    half_step_tile<ALONG_LINES>(sample, mean, x, W, bias, B, n, m, {seed, update, site, row, column, blocks, clock});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 half_step_transposed(float* sample, float* mean, const float* __restrict__ x, const float* __restrict__ W,
                      const float* __restrict__ bias, int B, int n, int m,
-                     u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks)
+                     u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
-    half_step_tile<ALONG_DEPTH>(sample, mean, x, W, bias, B, n, m, {seed, update, site, row, column, blocks});
+    half_step_tile<ALONG_DEPTH>(sample, mean, x, W, bias, B, n, m, {seed, update, site, row, column, blocks, clock});
 }

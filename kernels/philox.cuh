@@ -36,6 +36,13 @@ struct Address {
     u32 update, site;
     u64 row, column, blocks;  // blocks: Philox blocks in a row of the whole layer
 
+    // `clock`: null, or a number of updates in device memory that is added to `update`, for launches that are repeated as they
+    // are in a CUDA graph.
+    __device__ __forceinline__ Address(u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
+        : seed(seed), update(clock ? update + *clock : update), site(site), row(row), column(column), blocks(blocks)
+    {
+    }
+
     // How many columns of the first Philox block lie before the array: 0 where shards are cut at multiples of 4.
     __device__ __forceinline__ int shift() const { return (int)(column & 3); }
 

@@ -105,8 +105,8 @@ def test_a_whole_run_ends_where_the_numpy_run_ends(options, processors):
 
 def test_a_difference_in_one_draw_would_be_seen():
     here, _ = finished(training(np, strong()))
-    with installed(), planted(door, "return seed, update, site, row, column, blocks",
-                              "return seed, update, site, row + (update == 20), column, blocks"):
+    with installed(), planted(door, "return seed, update, site, row, column, blocks, clock",
+                              "return seed, update, site, row + (update == 20), column, blocks, clock"):
         found = finished(on_device(strong()))[0].dbn.arrays()
     worst = max(np.abs(found[name] - array).max() for name, array in here.dbn.arrays().items())
     assert worst > 100 * TOLERANCE
@@ -431,8 +431,8 @@ def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
 
     monkeypatch.setattr(kernels, "repeats", 1)
     results = kernels.Results(tmp_path / "kernels.json", {})
-    with planted(door, "return seed, update, site, row, column, blocks",
-                 "return seed, update, site, row + 1, column, blocks"):
+    with planted(door, "return seed, update, site, row, column, blocks, clock",
+                 "return seed, update, site, row + 1, column, blocks, clock"):
         kernels.run(results, [(13, 7, 5)], cupy, None, toy=True)
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert {row["what"] for row in rows if row["by"].startswith("kernels")} == {"cd_sums", "cd_update"}

@@ -82,7 +82,7 @@ def test_ten_steps_are_those_of_the_paper(case):
     (CASES[2], optimiser, "for start in range(0, parameters.size,", "for start in range(0, weights,"),
     (CASES[3], optimiser, "momentum=self.momentum", "momentum=0.9"),
     (CASES[4], optimiser, "momentum=self.momentum, decay=self.decay", "momentum=self.momentum, decay=0"),
-    (CASES[4], reference, "np.float32(rate * decay)", "np.float32(decay)"),
+    (CASES[4], reference, "np.float32(rate_decay)", "np.float32(decay)"),
 ])
 def test_another_rule_is_noticed(case, module, line, fault):
     assert_notices(lambda: check_rule(*case), module, line, fault)

@@ -89,8 +89,8 @@ def test_a_half_step_is_the_plain_formula_and_a_comparison_with_u(transpose, col
     ("np.add(out, bias, out=out)", "np.subtract(out, bias, out=out)"),
     ("np.add(out, bias, out=out)", "np.add(out, bias[::-1], out=out)"),
     ("np.less(u, mean, out=sample", "np.greater(u, mean, out=sample"),
-    ("bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns)",
-     "bernoulli(sample, out, seed=seed, update=update, site=site, row=row)"),
+    ("bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,",
+     "bernoulli(sample, out, seed=seed, update=update, site=site, row=row,"),
     ("out = sample if mean is None else mean", "out = mean"),
 ])
 def test_a_wrong_half_step_is_noticed(line, fault):
@@ -241,9 +241,9 @@ def test_momentum_steps_are_those_by_hand_and_only_weights_decay(size, weights, 
 @pytest.mark.parametrize(("size", "line", "fault"), [
     (SIZES[0], "decaying = min(max(weights - start, 0), p.size)", "decaying = p.size"),
     (SIZES[3], "decaying = min(max(weights - start, 0), p.size)", "decaying = min(weights, p.size)"),
-    (SIZES[0], "np.float32(rate * decay)", "np.float32(decay)"),
+    (SIZES[0], "np.float32(rate_decay)", "np.float32(decay)"),
     (SIZES[0], "np.subtract(u[:decaying]", "np.add(u[:decaying]"),
-    (SIZES[0], "np.float32(rate * scale)", "np.float32(rate)"),
+    (SIZES[0], "np.float32(rate_scale)", "np.float32(rate)"),
     (SIZES[0], "np.multiply(u, np.float32(momentum), out=u)", "pass"),
     (SIZES[3], "for start in range(0, parameters.size, PIECE)", "for start in range(0, weights, PIECE)"),
     (SIZES[0], "np.add(p, u, out=p)", "np.subtract(p, u, out=p)"),

@@ -29,9 +29,11 @@ STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without bei
 # The parameters of a kernel, in order: POINTER for an array or None, else the exact type of a scalar.
 POINTER = None
 Kinds = tuple[type[np.generic] | None, ...]
-ADDRESS: Kinds = (np.uint64, np.uint32, np.uint32, np.uint64, np.uint64, np.uint64)  # see ``address``
+ADDRESS: Kinds = (np.uint64, np.uint32, np.uint32, np.uint64, np.uint64, np.uint64, POINTER)  # see ``Door._address``
 
-_FLOAT32 = np.dtype(np.float32)
+NOWHERE = (0, 0, 0, 0, 0, 0, None)  # the address where nothing is drawn
+
+_FLOAT32, _UINT32 = np.dtype(np.float32), np.dtype(np.uint32)
 _NULL = np.uint64(0)  # what a kernel takes for an absent array
 
 
@@ -216,6 +218,33 @@ class Door:
                     if start < other_end and other_start < end:
                         raise ValueError(f"{function}: {name} must not share memory with {other}")
 
+    def _address(self, function: str, B: int, m: int, seed: int, update: int, site: int, row: int, column: int,
+                 columns: int | None, clock: Array | None) -> tuple[Any, ...]:
+        """The arguments of ``Address`` in philox.cuh: seed, update, site, row, column, blocks, clock. None may wrap.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range, or the columns are not in the layer.
+        """
+        columns = column + m if columns is None else columns
+        blocks = -(-columns // 4)
+        if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32
+                and row >= 0 and (row + B) * blocks <= 1 << 64):
+            raise ValueError(f"{function}: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
+                             f"got seed {seed}, row {row} of {blocks} blocks, update {update}, site {site}")
+        if column < 0 or column + m > columns:
+            raise ValueError(f"{function}: columns {column} to {column + m} must lie in the layer; it has {columns}")
+        if clock is not None:
+            self._check(function, "clock", clock, 1, dtype=_UINT32)
+        return seed, update, site, row, column, blocks, clock
+
+    def _rates(self, function: str, rates: Array | None) -> Array | None:
+        """The rates of a step in device memory, checked: they stand for the three numbers that are arguments."""
+        if rates is not None:
+            self._check(function, "rates", rates, 3)
+        return rates
+
 
 def _kind(array_type: type) -> str:
     return f"{array_type.__module__.partition('.')[0]}.{array_type.__name__}"
@@ -224,23 +253,3 @@ def _kind(array_type: type) -> str:
 def quads(m: int, column: int) -> int:
     """Philox blocks that the columns [column, column + m) touch."""
     return (column % 4 + m + 3) // 4
-
-
-def address(function: str, B: int, m: int, seed: int, update: int, site: int, row: int, column: int,
-            columns: int | None) -> tuple[int, int, int, int, int, int]:
-    """The six numbers of ``Address`` in philox.cuh (seed, update, site, row, column, blocks), of which none may wrap.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range, or the columns are not in the layer.
-    """
-    columns = column + m if columns is None else columns
-    blocks = -(-columns // 4)
-    if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32
-            and row >= 0 and (row + B) * blocks <= 1 << 64):
-        raise ValueError(f"{function}: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
-                         f"got seed {seed}, row {row} of {blocks} blocks, update {update}, site {site}")
-    if column < 0 or column + m > columns:
-        raise ValueError(f"{function}: columns {column} to {column + m} must lie in the layer; it has {columns}")
-    return seed, update, site, row, column, blocks

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gpudbn.cuda.door import ADDRESS, POINTER, Door, Unit, address, quads
+from gpudbn.cuda.door import ADDRESS, POINTER, Door, Unit, quads
 
 _SIZES = (np.int32, np.int32)
 
@@ -21,19 +21,19 @@ UNITS: Mapping[str, Unit] = {
 class Draws(Door):
     """Random numbers and samples."""
 
-    def uniforms(self, out, *, seed, update, site, row=0, column=0, columns=None):
+    def uniforms(self, out, *, seed, update, site, row=0, column=0, columns=None, clock=None):
         """See ``reference.uniforms``."""
         B, m = self._check("uniforms", "out", out, "B", "m")
-        where = address("uniforms", B, m, seed, update, site, row, column, columns)
+        where = self._address("uniforms", B, m, seed, update, site, row, column, columns, clock)
         if out.size:
             self._launch_elementwise("draws", "uniforms", B * quads(m, column), out, B, m, *where)
         return out
 
-    def bernoulli(self, sample, mean, *, seed, update, site, row=0, column=0, columns=None):
+    def bernoulli(self, sample, mean, *, seed, update, site, row=0, column=0, columns=None, clock=None):
         """See ``reference.bernoulli``."""
         B, m = self._check("bernoulli", "mean", mean, "B", "m")
         self._check("bernoulli", "sample", sample, B, m)
-        where = address("bernoulli", B, m, seed, update, site, row, column, columns)
+        where = self._address("bernoulli", B, m, seed, update, site, row, column, columns, clock)
         if mean.size:
             if sample is not mean and self.address_of(sample) != self.address_of(mean):
                 self._check_apart("bernoulli", {"sample": sample}, {"mean": mean})

@@ -11,7 +11,7 @@ from gpudbn.cuda.door import POINTER, Door, Unit
 UNITS: Mapping[str, Unit] = {
     "elementwise": Unit("elementwise.cu", {
         "sigmoid": (POINTER, np.int64),
-        "momentum_step": (POINTER, POINTER, POINTER, np.int64, np.int64, np.float32, np.float32, np.float32),
+        "momentum_step": (POINTER, POINTER, POINTER, np.int64, np.int64, np.float32, np.float32, np.float32, POINTER),
     }),
 }
 
@@ -26,7 +26,7 @@ class Elementwise(Door):
             self._launch_elementwise("elementwise", "sigmoid", x.size, x, x.size)
         return x
 
-    def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay):
+    def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):
         """See ``reference.momentum_step``."""
         size = getattr(parameters, "size", 0)
         self._check("momentum_step", "parameters", parameters, size)
@@ -38,4 +38,4 @@ class Elementwise(Door):
             self._check_apart("momentum_step", {"parameters": parameters}, {"velocity": velocity, "gradient": gradient})
             self._check_apart("momentum_step", {"velocity": velocity}, {"gradient": gradient})
             self._launch_elementwise("elementwise", "momentum_step", size, parameters, velocity, gradient, size,
-                                     weights, rate * scale, momentum, rate * decay)
+                                     weights, rate * scale, momentum, rate * decay, self._rates("momentum_step", rates))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpudbn.arrays import Array
-from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, POINTER, Door, Kinds, Unit, address
+from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, NOWHERE, POINTER, Door, Kinds, Unit
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ _HALF_STEP: Kinds = (POINTER,) * 5 + (_I4, _I4, _I4, *ADDRESS)  # sample, mean, 
 _CD: Kinds = (POINTER, POINTER, _I4, _I4, _I4, _I4, _F4)  # v, h, n, m, K, rows, model_weight
 KERNELS: dict[str, dict[str, Kinds]] = {
     "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
-    "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD), "cd_update": (POINTER, POINTER, *_CD, _F4, _F4, _F4)},
+    "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD),
+                  "cd_update": (POINTER, POINTER, *_CD, _F4, _F4, _F4, POINTER)},
 }
 
 UNITS: Mapping[str, Unit] = {name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants())
@@ -71,7 +72,7 @@ class Layers(Door):
         return f"{name} {size}", TILES[f"{name} {size}"]
 
     def half_step(self, sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0,
-                  columns=None):
+                  columns=None, clock=None):
         """See ``reference.half_step``."""
         if transpose:
             m, n = self._check("half_step", "W", W, "m", "n")
@@ -83,10 +84,11 @@ class Layers(Door):
             raise ValueError("half_step: one of sample and mean must be given; got None for both")
         if mean is not None:
             self._check("half_step", "mean", mean, B, m)
-        where, shift = (0, 0, 0, 0, 0, 0), 0  # where nothing is drawn
+        where, shift = NOWHERE, 0
         if sample is not None:
             self._check("half_step", "sample", sample, B, m)
-            where, shift = address("half_step", B, m, seed, update, site, row, column, columns), column % 4
+            where = self._address("half_step", B, m, seed, update, site, row, column, columns, clock)
+            shift = column % 4
         if B == 0 or m == 0:
             return
         self._check_apart("half_step", {"sample": sample, "mean": mean}, {"x": x, "W": W, "bias": bias})
@@ -107,7 +109,8 @@ class Layers(Door):
         unit, grid, threads = self._cd_grid("cd_sums", n, m)
         self._launch(unit, "cd_sums", grid, threads, dW, db, dc, v, h, n, m, K, rows, model_weight)
 
-    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay):
+    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
+                  rates=None):
         """See ``reference.cd_update``. ``gradient`` is not touched and may be None: the sums stay in registers."""
         _ = gradient
         K, _, _ = self._cd_sizes("cd_update", v, h, rows, n, m)
@@ -119,7 +122,7 @@ class Layers(Door):
         self._check_apart("cd_update", {"velocity": velocity}, {"parameters": parameters})
         unit, grid, threads = self._cd_grid("cd_update", n, m)
         self._launch(unit, "cd_update", grid, threads, parameters, velocity, v, h, n, m, K, rows, model_weight,
-                     rate * (1 / rows), momentum, rate * decay)
+                     rate * (1 / rows), momentum, rate * decay, self._rates("cd_update", rates))
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
         K, n = self._check(function, "v", v, "rows + C", n)

@@ -42,6 +42,10 @@ class Arrays:
         self.before = PADDING + offset
         self.buffers = []
 
+    def number(self, value):
+        """A number in device memory, as a clock is: array (1,), uint32."""
+        return np.array([value], np.uint32) if self.on_cpu else to_gpu(np.array([value], np.uint32))
+
     def put(self, values):
         """A copy of the values, float32."""
         values = np.asarray(values, np.float32)

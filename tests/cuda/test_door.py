@@ -155,17 +155,16 @@ def test_scalars_have_the_exact_types_and_absent_arrays_are_null(recorder, launc
     assert (name, grid, block) == ("half_step", (1, 1), (256,))
     assert arguments[0] is sample
     assert arguments[2:5] == (x, W, bias)
-    scalars = (np.uint64(0), *arguments[5:])
-    assert arguments[1] == 0
-    assert [type(s) for s in scalars] == [np.uint64, *[np.int32] * 3, np.uint64, np.uint32, np.uint32, *[np.uint64] * 3]
-    assert [int(s) for s in arguments[5:]] == [7, 3, 5, 2**64 - 1, 2**32 - 1, 4, 2**33, 6, 20]
+    scalars = (arguments[1], *arguments[5:])
+    assert [type(s) for s in scalars] == [np.uint64, *[np.int32] * 3, np.uint64, np.uint32, np.uint32, *[np.uint64] * 4]
+    assert [int(s) for s in scalars] == [0, 7, 3, 5, 2**64 - 1, 2**32 - 1, 4, 2**33, 6, 20, 0]
 
 
 def test_numbers_of_the_step_are_made_in_double_and_rounded_once(recorder, launcher):
     launcher.cd_update(f32(11), f32(11), None, 3, 2, f32(9, 3), f32(9, 2), 7, model_weight=0.3, rate=0.1, momentum=0.9,
                        decay=0.01)
     expected = 0.3, 0.1 * (1 / 7), 0.9, 0.1 * 0.01  # model_weight, rate_scale, momentum, rate_decay
-    assert recorder.calls[0][3][-4:] == tuple(map(np.float32, expected))
+    assert recorder.calls[0][3][-5:] == (*map(np.float32, expected), np.uint64(0))
 
 
 @pytest.mark.parametrize(("B", "n", "m", "tiles"),
@@ -294,6 +293,14 @@ def test_columns_outside_the_layer_are_refused(launcher, column, columns):
     """Their draws would be those of the next row."""
     refused(ValueError, f"uniforms: columns {column} to {column + 5} must lie in the layer; it has ",
             lambda: launcher.uniforms(f32(5, 5), **ADDRESS, column=column, columns=columns))
+
+
+def test_a_clock_or_rates_of_another_kind_are_refused(launcher):
+    refused(TypeError, "uniforms: clock must be C-contiguous uint32 of shape (1,); got int64 (1,)",
+            lambda: launcher.uniforms(f32(5, 5), **ADDRESS, clock=np.zeros(1, np.int64)))
+    refused(ValueError, "momentum_step: rates must be C-contiguous float32 of shape (3,); got float32 (2,)",
+            lambda: launcher.momentum_step(f32(5), f32(5), f32(5), weights=2, scale=1, rate=1, momentum=0, decay=0,
+                                           rates=f32(2)))
 
 
 def test_sizes_beyond_the_kernels_integers_are_refused(launcher):

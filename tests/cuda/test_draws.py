@@ -109,5 +109,20 @@ def test_bernoulli(launcher, column, columns, in_place):
         check_bernoulli(launcher, B, m, FAR, column, columns, in_place)
 
 
+@ONE_SCHEDULE
+@SMALL_TILES
+def test_a_clock_is_added_to_the_update(launcher):
+    arrays, address = Arrays(launcher), {**NEAR, "update": 2**31}
+    mean, now = arrays.put(np.full((5, 7), 0.5)), arrays.number(2**31 - 3)
+    out, sample = arrays.empty(5, 7), arrays.empty(5, 7)
+    launcher.uniforms(out, **address, clock=now)
+    launcher.bernoulli(sample, mean, **address, clock=now)
+    expected = host_uniforms(5, 7, {**NEAR, "update": 2**32 - 3}, 0, None)
+    assert np.array_equal(arrays.get(out), expected)
+    assert np.array_equal(arrays.get(sample), expected < 0.5)
+    twin = draws.uniforms(np.empty((5, 7), np.float32), **address, clock=np.array([2**31 - 3], np.uint32))
+    assert np.array_equal(twin, expected)
+
+
 def test_planted_fault_is_seen():
     assert sees_fault("u.x < p.x", "u.x <= p.x", lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None))

@@ -156,6 +156,18 @@ def test_half_step_of_nothing(launcher):
     assert (arrays.get(p) == 0.5).all()
 
 
+@ONE_SCHEDULE
+@both_ways
+def test_half_step_with_a_clock(launcher, transpose):
+    rng, arrays = np.random.default_rng(0), Arrays(launcher)
+    x, W, bias = (arrays.put(rng.random(shape)) for shape in ((17, 31), (37, 31) if transpose else (31, 37), 37))
+    with_clock, without = arrays.empty(17, 37), arrays.empty(17, 37)
+    launcher.half_step(without, None, x, W, bias, transpose=transpose, **{**NEAR, "update": 12})
+    launcher.half_step(with_clock, None, x, W, bias, transpose=transpose, **{**NEAR, "update": 5},
+                       clock=arrays.number(7))
+    assert np.array_equal(arrays.get(with_clock), arrays.get(without))
+
+
 # --------------------------------------------------------------------------------------- gradient and the step
 
 
@@ -175,6 +187,22 @@ def test_cd_update(launcher):
         check_cd_update(launcher, *sizes)
     check_cd_update(launcher, 32, 36, 17, 17, offset=1)
     check_cd_update(launcher, 37, 31, 17, 17, momentum=0.0, decay=0.0)
+
+
+@ONE_SCHEDULE
+def test_rates_in_device_memory_count_instead(launcher):
+    n, m, rows = 31, 37, 9
+    arrays, (v, h) = Arrays(launcher), cd_case(n, m, rows, rows)
+    v, h, rates = arrays.put(v), arrays.put(h), arrays.put([0.3 / rows, 0.9, 0.3 * 0.01])
+    results = []
+    for numbers in ({"rate": 0.3, "momentum": 0.9, "decay": 0.01},
+                    {"rate": 7.0, "momentum": 0.1, "decay": 5.0, "rates": rates}):
+        start = np.random.default_rng(3).normal(size=n * m + n + m)
+        p, u = arrays.put(start), arrays.put(start[::-1])
+        launcher.cd_update(p, u, None, n, m, v, h, rows, **numbers)
+        launcher.momentum_step(p, u, arrays.put(start), weights=n * m, scale=1 / rows, **numbers)
+        results.append((arrays.get(p), arrays.get(u)))
+    assert all(np.array_equal(one, other) for one, other in zip(*results, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- real sizes
