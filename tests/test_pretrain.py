@@ -251,7 +251,7 @@ def test_training_raises_the_exact_likelihood_and_persistent_chains_come_close_t
 
 
 @pytest.mark.parametrize(("method", "module", "line", "fault"), [
-    ("cd", reference, "np.float32(rate * scale)", "np.float32(-rate * scale)"),
+    ("cd", reference, "np.float32(rate_scale)", "np.float32(-rate_scale)"),
     ("cd", rbm, "self.twins.half_step(None, h, v, rbm.W, rbm.c)\n            start",
      "self.twins.half_step(None, h, v, -rbm.W, rbm.c)\n            start"),
     ("cd", reference, "np.sum(signed, axis=0, out=dc)", "np.negative(np.sum(signed, axis=0), out=dc)"),
@@ -264,7 +264,7 @@ def test_learning_that_goes_wrong_is_noticed(method, module, line, fault):
 
 
 def test_uphill_taken_for_downhill_makes_the_likelihood_fall():
-    with planted(reference, "np.float32(rate * scale)", "np.float32(-rate * scale)"):
+    with planted(reference, "np.float32(rate_scale)", "np.float32(-rate_scale)"):
         found = learn(data_of_a_teacher()[0], "cd")
     assert found[-1] < found[0] - 0.5
 
