@@ -21,7 +21,8 @@ import numpy as np
 
 from gpudbn.draws import uniforms
 
-__all__ = ["bernoulli", "cd_sums", "cd_update", "half_step", "momentum_step", "sigmoid", "uniforms"]
+__all__ = ["advance", "bernoulli", "cd_sums", "cd_update", "gather", "half_step", "momentum_step", "note_not_finite",
+           "sigmoid", "uniforms"]
 
 # Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
 PIECE = 1 << 15
@@ -197,3 +198,63 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
     cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
     momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum,
                   decay=decay, rates=rates)
+
+
+def gather(out, data, order, *, first=0, scale=1.0, offset=None):
+    """out[r] <- scale data[order[first + offset + r]]: the rows of a minibatch, in the order of the epoch.
+
+    Parameters
+    ----------
+    out : array (B, n), float32
+        Overwritten. A row that is not there, beyond the end of ``order`` or of ``data``, becomes NaN.
+    data : array (N, n), float32, float16, uint8 or bool
+        Values that, scaled, lie in [0, 1].
+    order : array (count,), int64, or None
+        Which rows of the data; None: the rows as they stand.
+    first : int
+    scale : float
+    offset : array (1,), uint32, optional
+        Added to ``first``: where launches are repeated as they are in a CUDA graph.
+
+    Returns
+    -------
+    out
+    """
+    first += 0 if offset is None else int(offset[0])
+    rows = np.arange(first, min(first + len(out), len(data))) if order is None else order[first : first + len(out)]
+    there = np.flatnonzero((0 <= rows) & (rows < len(data)))
+    out[...] = np.nan
+    out[there] = data[rows[there]]
+    return np.multiply(out, np.float32(scale), out=out)
+
+
+def advance(counters, *, updates, rows):
+    """counters[0] += updates, counters[1] += rows: how far a CUDA graph has come, for its next launch.
+
+    Parameters
+    ----------
+    counters : array (2,), uint32
+        The ``clock`` of draws and the ``offset`` of ``gather``.
+    updates, rows : int
+    """
+    counters += np.array((updates, rows), np.uint32)
+
+
+def note_not_finite(flag, x, *, phase, update, clock=None):
+    """flag <- min(flag, phase 2^32 + update) if an entry of x is NaN or infinite: the first time is kept.
+
+    Parameters
+    ----------
+    flag : array (1,), uint64
+        All ones as long as everything was finite.
+    x : array (size,), float32
+    phase, update : int
+        When this is, below 2^32 each.
+    clock : array (1,), uint32, optional
+        Added to ``update``: where launches are repeated as they are in a CUDA graph.
+    """
+    # the sum of products is finite unless an entry is not, or it overflows; only then is every entry looked at
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(x @ x) or np.isfinite(x).all()
+    if not finite:
+        flag[0] = min(int(flag[0]), phase << 32 | (update + (0 if clock is None else int(clock[0]))))

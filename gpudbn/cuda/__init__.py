@@ -8,6 +8,7 @@
     draws.py       uniforms and samples
     layers.py      half-step and gradient of one layer
     elementwise.py passes over flat arrays
+    turns.py       rows in the order of an epoch, counters, numbers that are not finite
 
 CuPy is imported at the first use.
 """
@@ -17,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from gpudbn.cuda import draws, elementwise, layers
+from gpudbn.cuda import draws, elementwise, layers, turns
 from gpudbn.cuda.door import Unit
 
-UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS}
+UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **turns.UNITS}
 KERNELS = list(dict.fromkeys(kernel for unit in UNITS.values() for kernel in unit.kernels))
 
 
-class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers):
+class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, turns.Turns):
     """Every kernel. Parameters as of ``door.Door``."""
 
     units = UNITS

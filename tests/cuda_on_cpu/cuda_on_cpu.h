@@ -512,6 +512,12 @@ template <class T> T atomicMax(T* at, std::type_identity_t<T> value)
     while (old < value && !std::atomic_ref<T>(*at).compare_exchange_weak(old, value)) {}
     return old;
 }
+template <class T> T atomicMin(T* at, std::type_identity_t<T> value)
+{
+    T old = *at;
+    while (value < old && !std::atomic_ref<T>(*at).compare_exchange_weak(old, value)) {}
+    return old;
+}
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() {}
 
