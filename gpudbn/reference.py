@@ -222,7 +222,7 @@ def gather(out, data, order, *, first=0, scale=1.0, offset=None):
     """
     first += 0 if offset is None else int(offset[0])
     rows = np.arange(first, min(first + len(out), len(data))) if order is None else order[first : first + len(out)]
-    there = np.flatnonzero((0 <= rows) & (rows < len(data)))
+    there = np.flatnonzero((rows >= 0) & (rows < len(data)))
     out[...] = np.nan
     out[there] = data[rows[there]]
     return np.multiply(out, np.float32(scale), out=out)

@@ -40,7 +40,8 @@ class Turns(Door):
         if not 0 <= first <= count or (offset is None and first + B > count):
             raise ValueError(f"gather: rows {first} to {first + B} must lie in the order; it has {count}")
         if out.size:
-            self._check_apart("gather", {"out": out}, {"data": data} if order is None else {"data": data, "order": order})
+            read = {"data": data} if order is None else {"data": data, "order": order}
+            self._check_apart("gather", {"out": out}, read)
             view = data if data.dtype in (np.float32, np.uint8) else data.view(
                 np.uint8 if data.dtype == np.bool_ else np.uint16)
             self._launch_elementwise("gather", kernel, B * -(-n // 4), out, view, order, N, count, B, n, first, offset,
