@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
-from gpudbn.reference import PIECE
 from gpudbn.twins import twins_of
 
 
@@ -21,7 +20,19 @@ class StepRule(Protocol):
     state: dict[str, Array]
 
     def step(self, parameters: Array, gradient: Array, *, weights: int, scale: float, rate: float) -> None:
-        """Change ``parameters`` (size,), float32, in place. ``gradient`` may be used as work space."""
+        """Change ``parameters`` (size,), float32, in place. ``Adam`` uses ``gradient`` as work space."""
+
+
+class SGD:
+    """Plain steps: ``reference.sgd_step``."""
+
+    def __init__(self, like: Array, *, decay: float) -> None:  # noqa: ARG002 - all rules are made alike
+        self.decay = decay
+        self.state: dict[str, Array] = {}
+
+    def step(self, parameters: Array, gradient: Array, *, weights: int, scale: float, rate: float) -> None:
+        """W <- (1 - rate decay) W;  parameters += rate scale gradient."""
+        twins_of(parameters).sgd_step(parameters, gradient, weights=weights, scale=scale, rate=rate, decay=self.decay)
 
 
 class Momentum:
@@ -37,51 +48,35 @@ class Momentum:
                                            rate=rate, momentum=self.momentum, decay=self.decay)
 
 
-class Adam:
-    """Adam with decoupled decay. Kingma & Ba (2015), algorithm 1, epsilon as in its section 2's last paragraph.
+class Adagrad:
+    """Every parameter at a rate of its own, that falls: ``reference.adagrad_step``. Duchi, Hazan & Singer (2011)."""
 
-        g = scale gradient;  m <- b1 m + (1 - b1) g;  s <- b2 s + (1 - b2) g^2
-        W <- W - rate decay W;  parameters += rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(s) + eps)
-
-    ``state["steps"]`` holds t, as an array of one.
-    """
-
-    def __init__(self, like: Array, *, decay: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> None:
-        xp = module_of(like)
-        self.decay, self.b1, self.b2, self.eps = decay, b1, b2, eps
-        self.state = {"mean": xp.zeros_like(like), "square": xp.zeros_like(like), "steps": np.zeros(1, np.int64)}
-        # the CPU works in pieces that stay in its cache, a GPU on the whole
-        self.piece = PIECE if xp is np else like.size
-        self.work = xp.empty(min(self.piece, like.size), np.float32)
+    def __init__(self, like: Array, *, decay: float) -> None:
+        self.decay = decay
+        self.state = {"squares": module_of(like).zeros_like(like)}
 
     def step(self, parameters: Array, gradient: Array, *, weights: int, scale: float, rate: float) -> None:
-        """One Adam step; ``gradient`` is used as work space."""
-        xp = module_of(parameters, gradient)
+        """squares += (scale gradient)^2;  parameters += rate scale gradient / sqrt(squares)."""
+        twins_of(parameters).adagrad_step(parameters, self.state["squares"], gradient, weights=weights, scale=scale,
+                                          rate=rate, decay=self.decay)
+
+
+class Adam:
+    """Adam with decoupled decay: ``reference.adam_step``. Kingma & Ba (2015).
+
+    ``state["steps"]`` holds the number of steps, as an array of one.
+    """
+
+    def __init__(self, like: Array, *, decay: float) -> None:
+        xp = module_of(like)
+        self.decay = decay
+        self.state = {"mean": xp.zeros_like(like), "square": xp.zeros_like(like), "steps": np.zeros(1, np.int64)}
+
+    def step(self, parameters: Array, gradient: Array, *, weights: int, scale: float, rate: float) -> None:
+        """One step of ``reference.adam_step``; ``gradient`` is used as work space."""
         self.state["steps"] += 1
-        t = int(self.state["steps"][0])
-        step = np.float32(rate * np.sqrt(1 - self.b2**t) / (1 - self.b1**t))
-        f = np.float32
-        for start in range(0, parameters.size, self.piece):
-            p, g, m, s = (a[start : start + self.piece]
-                          for a in (parameters, gradient, self.state["mean"], self.state["square"]))
-            w = self.work[: p.size]
-            # m += (1 - b1) (scale g - m): one pass fewer than the formula above
-            xp.multiply(g, f(scale), out=g)
-            xp.multiply(g, g, out=w)
-            xp.subtract(g, m, out=g)
-            xp.multiply(g, f(1 - self.b1), out=g)
-            xp.add(m, g, out=m)
-            xp.subtract(w, s, out=w)
-            xp.multiply(w, f(1 - self.b2), out=w)
-            xp.add(s, w, out=s)
-            xp.sqrt(s, out=w)
-            xp.add(w, f(self.eps), out=w)
-            xp.divide(m, w, out=w)
-            xp.multiply(w, step, out=w)
-            decaying = min(max(weights - start, 0), p.size)
-            if self.decay and decaying:
-                xp.multiply(p[:decaying], f(1 - rate * self.decay), out=p[:decaying])
-            xp.add(p, w, out=p)
+        twins_of(parameters).adam_step(parameters, self.state["mean"], self.state["square"], gradient, weights=weights,
+                                       scale=scale, rate=rate, decay=self.decay, steps=int(self.state["steps"][0]))
 
 
 def schedule(name: str, rate: float, end: float, epoch: int, epochs: int) -> float:

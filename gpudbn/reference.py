@@ -21,8 +21,8 @@ import numpy as np
 
 from gpudbn.draws import uniforms
 
-__all__ = ["advance", "bernoulli", "cd_sums", "cd_update", "gather", "half_step", "momentum_step", "note_not_finite",
-           "sigmoid", "uniforms"]
+__all__ = ["adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums", "cd_update",
+           "gather", "half_step", "momentum_step", "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
 
 # Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
 PIECE = 1 << 15
@@ -162,18 +162,137 @@ def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momen
     Hinton (2012), sections 9 and 10: L2 decay is multiplied by the learning rate.
     """
     rate_scale, momentum, rate_decay = (rate * scale, momentum, rate * decay) if rates is None else rates
-    work = _scratch.get("step", (min(PIECE, parameters.size),))
-    for start in range(0, parameters.size, PIECE):
-        p, u, g = (a[start : start + PIECE] for a in (parameters, velocity, gradient))
-        t = work[: p.size]
+    for decaying, t, p, u, g in _pieces(weights, parameters, velocity, gradient):
         np.multiply(u, np.float32(momentum), out=u)
         np.multiply(g, np.float32(rate_scale), out=t)
         np.add(u, t, out=u)
-        decaying = min(max(weights - start, 0), p.size)
         if rate_decay and decaying:
             np.multiply(p[:decaying], np.float32(rate_decay), out=t[:decaying])
             np.subtract(u[:decaying], t[:decaying], out=u[:decaying])
         np.add(p, u, out=p)
+
+
+def sgd_step(parameters, gradient, *, weights, scale, rate, decay, rates=None):
+    """W <- (1 - rate decay) W;  parameters <- parameters + rate scale gradient.
+
+    Parameters
+    ----------
+    parameters : array (size,), float32
+        Modified.
+    gradient, weights, scale
+        As in ``momentum_step``.
+    rate, decay : float
+    rates : array (3,), float32, optional
+        What ``decoupled`` gives, which then counts instead of scale, rate and decay.
+    """
+    scale, rate, shrink = decoupled(scale, rate, decay) if rates is None else rates
+    for decaying, t, p, g in _pieces(weights, parameters, gradient):
+        np.multiply(g, np.float32(rate * scale), out=t)
+        _shrink(p[:decaying], shrink)
+        np.add(p, t, out=p)
+
+
+def adagrad_step(parameters, squares, gradient, *, weights, scale, rate, decay, eps=1e-8, rates=None):
+    """g = scale gradient;  squares <- squares + g^2;  parameters <- parameters + rate g / (sqrt(squares) + eps).
+
+    Before that, W <- (1 - rate decay) W.
+
+    Parameters
+    ----------
+    parameters, squares : arrays (size,), float32
+        Modified. ``squares`` begins as zeros.
+    gradient, weights, scale
+        As in ``momentum_step``.
+    rate, decay, eps : float
+    rates : array (3,), float32, optional
+        What ``decoupled`` gives, which then counts instead of scale, rate and decay.
+
+    Notes
+    -----
+    Duchi, Hazan & Singer, "Adaptive subgradient methods" (2011), with the diagonal matrix; the rule of the servers of
+    Dean et al., "Large scale distributed deep networks" (2012), section 4.1.
+    """
+    scale, rate, shrink = decoupled(scale, rate, decay) if rates is None else rates
+    for decaying, t, p, q, g in _pieces(weights, parameters, squares, gradient):
+        root = _scratch.get("root", p.shape)
+        np.multiply(g, np.float32(scale), out=t)
+        np.multiply(t, t, out=root)
+        np.add(q, root, out=q)
+        np.sqrt(q, out=root)
+        np.add(root, np.float32(eps), out=root)
+        np.divide(t, root, out=t)
+        np.multiply(t, np.float32(rate), out=t)
+        _shrink(p[:decaying], shrink)
+        np.add(p, t, out=p)
+
+
+def adam_step(parameters, mean, square, gradient, *, weights, scale, rate, decay, steps, b1=0.9, b2=0.999, eps=1e-8,
+              rates=None):
+    """Adam with decoupled decay.
+
+        g = scale gradient;  mean <- b1 mean + (1 - b1) g;  square <- b2 square + (1 - b2) g^2
+        W <- (1 - rate decay) W
+        parameters <- parameters + rate sqrt(1 - b2^steps) / (1 - b1^steps) mean / (sqrt(square) + eps)
+
+    Parameters
+    ----------
+    parameters, mean, square : arrays (size,), float32
+        Modified. ``mean`` and ``square`` begin as zeros.
+    gradient : array (size,), float32
+        As in ``momentum_step``. Work space of the NumPy twin; its content afterwards is not specified.
+    weights, scale
+        As in ``momentum_step``.
+    steps : int
+        The number of this step, from 1.
+    rate, decay, b1, b2, eps : float
+    rates : array (3,), float32, optional
+        What ``adam_rates`` gives, which then counts instead of scale, rate, decay and steps.
+
+    Notes
+    -----
+    Kingma & Ba, "Adam" (2015), algorithm 1, epsilon as in its section 2's last paragraph; decay as in Loshchilov &
+    Hutter, "Decoupled weight decay regularization" (2019).
+    """
+    scale, rate, shrink = adam_rates(scale, rate, decay, steps, b1, b2) if rates is None else rates
+    for decaying, t, p, m, s, g in _pieces(weights, parameters, mean, square, gradient):
+        # m += (1 - b1) (scale g - m): one pass fewer than the formula above
+        np.multiply(g, np.float32(scale), out=g)
+        np.multiply(g, g, out=t)
+        np.subtract(g, m, out=g)
+        np.multiply(g, np.float32(1 - b1), out=g)
+        np.add(m, g, out=m)
+        np.subtract(t, s, out=t)
+        np.multiply(t, np.float32(1 - b2), out=t)
+        np.add(s, t, out=s)
+        np.sqrt(s, out=t)
+        np.add(t, np.float32(eps), out=t)
+        np.divide(m, t, out=t)
+        np.multiply(t, np.float32(rate), out=t)
+        _shrink(p[:decaying], shrink)
+        np.add(p, t, out=p)
+
+
+def decoupled(scale, rate, decay):
+    """(scale, rate, 1 - rate decay): the numbers of a step whose decay stands apart from its gradient."""
+    return scale, rate, 1 - rate * decay
+
+
+def adam_rates(scale, rate, decay, steps, b1=0.9, b2=0.999):
+    """(scale, rate sqrt(1 - b2^steps) / (1 - b1^steps), 1 - rate decay): the numbers of an Adam step."""
+    return scale, rate * np.sqrt(1 - b2**steps) / (1 - b1**steps), 1 - rate * decay
+
+
+def _pieces(weights, *arrays):
+    """The arrays in pieces: how many entries of the piece are weights, work space for it, and its parts."""
+    for start in range(0, arrays[0].size, PIECE):
+        parts = [array[start : start + PIECE] for array in arrays]
+        yield min(max(weights - start, 0), parts[0].size), _scratch.get("step", parts[0].shape), *parts
+
+
+def _shrink(W, shrink):
+    """W <- shrink W, where that is something else."""
+    if shrink != 1:
+        np.multiply(W, np.float32(shrink), out=W)
 
 
 def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
@@ -193,11 +312,37 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
     rate, momentum, decay, rates
         As in ``momentum_step``.
     """
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    momentum_step(parameters, velocity, gradient, weights=n * m, scale=1 / rows, rate=rate, momentum=momentum,
+                  decay=decay, rates=rates)
+
+
+def cd_sgd(parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, rates=None):
+    """``cd_sums`` and ``sgd_step`` in one: applies activations without writing their gradient.
+
+    Parameters as in ``cd_update`` and ``sgd_step``.
+    """
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    sgd_step(parameters, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, rates=rates)
+
+
+def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, eps=1e-8,
+               rates=None):
+    """``cd_sums`` and ``adagrad_step`` in one: applies activations without writing their gradient.
+
+    Parameters as in ``cd_update`` and ``adagrad_step``.
+    """
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    adagrad_step(parameters, squares, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, eps=eps,
+                 rates=rates)
+
+
+def _cd_gradient(gradient, n, m, v, h, rows, model_weight):
+    """``cd_sums`` end to end in ``gradient`` (n m + n + m,)."""
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
     cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
-    momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate, momentum=momentum,
-                  decay=decay, rates=rates)
+
 
 
 def gather(out, data, order, *, first=0, scale=1.0, offset=None):

@@ -2,10 +2,11 @@
 //
 //     dW = v0^T h0 - w vk^T hk,  db = sum v0 - w sum vk,  dc = sum h0 - w sum hk                cd_sums
 //     velocity <- momentum velocity + rate_scale gradient - rate_decay W;  parameters <- parameters + velocity   cd_update
+//     the same with the steps of decoupled.cuh                                                         cd_sgd, cd_adagrad
 //
-// dW, db, dc            (n, m), (n,), (m,)  out
-// parameters, velocity  (n m + n + m,)      in and out: W, b, c end to end; no gradient is written
-// v, h                  (K, n), (K, m)      in; the first `rows` rows are v0, h0, the others vk, hk
+// dW, db, dc                     (n, m), (n,), (m,)  out
+// parameters, velocity, squares  (n m + n + m,)      in and out: W, b, c end to end; no gradient is written
+// v, h                           (K, n), (K, m)      in; the first `rows` rows are v0, h0, the others vk, hk
 // rates                 (3,)                in, or null: rate_scale, momentum, rate_decay
 //
 // Both products are one, over all K rows, with the sign in h. The biases are weights to a unit that is always 1: the product
@@ -13,8 +14,9 @@
 //
 // Launch: one block of THREADS threads a tile of (n + 1, m + 1); x: tiles of columns, y: tiles of rows. Tails guarded.
 // Numerics: float32 sums, SLICES partial sums of K / SLICES terms; exact for samples of 0 and 1 up to 2^24 rows.
-// Source: Hinton, "Training products of experts by minimizing contrastive divergence" (2002); momentum.cuh.
-// Twins: reference.cd_sums, reference.cd_update
+// Source: Hinton, "Training products of experts by minimizing contrastive divergence" (2002); momentum.cuh, decoupled.cuh.
+// Twins: reference.cd_sums, reference.cd_update, reference.cd_sgd, reference.cd_adagrad
+#include "decoupled.cuh"
 #include "momentum.cuh"
 #include "product.cuh"
 
@@ -75,26 +77,56 @@ cd_sums(float* dW, float* db, float* dc, const float* __restrict__ v, const floa
             [&](bool visible, int i, float sum) { (visible ? db : dc)[i] = sum; });
 }
 
+// Calls step(parameter, its state, sum, decays) for each entry of the gradient. `state` is null for a rule that keeps nothing.
+template <class Step>
+__device__ __forceinline__ void cd_step(float* parameters, float* state, const float* v, const float* h,
+                                        int n, int m, int K, int rows, float model_weight, Step step)
+{
+    Layer p = layer_in(parameters, n, m), u = state ? layer_in(state, n, m) : Layer{};
+    bool aligned = quads_aligned(p.W, m) && quads_aligned(u.W, m);
+    cd_tile(v, h, n, m, K, rows, model_weight,
+            [&](int i, int j, float4 sum) {
+                float *p_row = p.W + (long long)i * m, *u_row = u.W + (long long)i * m;
+                float4 weight = load_quad(p_row, j, m, aligned), kept = {};
+                if (state) kept = load_quad(u_row, j, m, aligned);
+                step(weight.x, kept.x, sum.x, true);
+                step(weight.y, kept.y, sum.y, true);
+                step(weight.z, kept.z, sum.z, true);
+                step(weight.w, kept.w, sum.w, true);
+                store_quad(p_row, j, m, aligned, weight);
+                if (state) store_quad(u_row, j, m, aligned, kept);
+            },
+            [&](bool visible, int i, float sum) {
+                float none = 0.0f, &kept = state ? (visible ? u.b : u.c)[i] : none;
+                step((visible ? p.b : p.c)[i], kept, sum, false);
+            });
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 cd_update(float* parameters, float* velocity, const float* __restrict__ v, const float* __restrict__ h,
           int n, int m, int K, int rows, float model_weight, float rate_scale, float momentum, float rate_decay,
           const float* rates)
 {
     Rates r(rate_scale, momentum, rate_decay, rates);
-    Layer p = layer_in(parameters, n, m), u = layer_in(velocity, n, m);
-    bool p_aligned = quads_aligned(p.W, m), u_aligned = quads_aligned(u.W, m);
-    cd_tile(v, h, n, m, K, rows, model_weight,
-            [&](int i, int j, float4 sum) {
-                float *p_row = p.W + (long long)i * m, *u_row = u.W + (long long)i * m;
-                float4 weight = load_quad(p_row, j, m, p_aligned), speed = load_quad(u_row, j, m, u_aligned);
-                step(weight.x, speed.x, sum.x, r, true);
-                step(weight.y, speed.y, sum.y, r, true);
-                step(weight.z, speed.z, sum.z, r, true);
-                step(weight.w, speed.w, sum.w, r, true);
-                store_quad(p_row, j, m, p_aligned, weight);
-                store_quad(u_row, j, m, u_aligned, speed);
-            },
-            [&](bool visible, int i, float sum) {
-                step((visible ? p.b : p.c)[i], (visible ? u.b : u.c)[i], sum, r, false);
-            });
+    cd_step(parameters, velocity, v, h, n, m, K, rows, model_weight,
+            [&](float& p, float& u, float sum, bool decays) { step(p, u, sum, r, decays); });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+cd_sgd(float* parameters, const float* __restrict__ v, const float* __restrict__ h,
+       int n, int m, int K, int rows, float model_weight, float scale, float rate, float shrink, const float* rates)
+{
+    Decoupled rule(scale, rate, shrink, rates);
+    cd_step(parameters, nullptr, v, h, n, m, K, rows, model_weight,
+            [&](float& p, float&, float sum, bool decays) { rule.sgd(p, sum, decays); });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+cd_adagrad(float* parameters, float* squares, const float* __restrict__ v, const float* __restrict__ h,
+           int n, int m, int K, int rows, float model_weight, float eps, float scale, float rate, float shrink,
+           const float* rates)
+{
+    Decoupled rule(scale, rate, shrink, rates);
+    cd_step(parameters, squares, v, h, n, m, K, rows, model_weight,
+            [&](float& p, float& q, float sum, bool decays) { rule.adagrad(p, q, sum, eps, decays); });
 }

@@ -2,14 +2,18 @@
 //
 //     sigmoid        x <- 1 / (1 + exp(-x))
 //     momentum_step  velocity <- momentum velocity + rate_scale gradient - rate_decay W;  parameters <- parameters + velocity
+//     sgd_step, adagrad_step, adam_step                                                            see decoupled.cuh
 //
-// x                     (size,)  in and out
-// parameters, velocity  (size,)  in and out; the first `weights` entries decay, the biases behind them do not
-// gradient              (size,)  in
-// rates                 (3,)     in, or null: rate_scale, momentum, rate_decay
+// x                                            (size,)  in and out
+// parameters, velocity, squares, mean, square  (size,)  in and out; the first `weights` parameters decay, the biases behind them
+//                                                       do not
+// gradient                                     (size,)  in
+// rates                                        (3,)     in, or null: the three numbers before it
 //
 // Launch: one thread an entry, 1-D, any number of blocks of any size; tail guarded.
-// Twins: reference.sigmoid, reference.momentum_step
+// Numerics: float32, division and root rounded correctly.
+// Twins: reference.sigmoid, reference.momentum_step, ...
+#include "decoupled.cuh"
 #include "momentum.cuh"
 #include "sigmoid.cuh"
 
@@ -32,5 +36,30 @@ extern "C" __global__ void momentum_step(float* parameters, float* velocity, con
     Rates r(rate_scale, momentum, rate_decay, rates);
     every_entry(size, [&](long long i) {
         step(parameters[i], velocity[i], gradient[i], r, i < weights);
+    });
+}
+
+extern "C" __global__ void sgd_step(float* parameters, const float* gradient, long long size, long long weights,
+                                    float scale, float rate, float shrink, const float* rates)
+{
+    Decoupled rule(scale, rate, shrink, rates);
+    every_entry(size, [&](long long i) { rule.sgd(parameters[i], gradient[i], i < weights); });
+}
+
+extern "C" __global__ void adagrad_step(float* parameters, float* squares, const float* gradient,
+                                        long long size, long long weights, float eps,
+                                        float scale, float rate, float shrink, const float* rates)
+{
+    Decoupled rule(scale, rate, shrink, rates);
+    every_entry(size, [&](long long i) { rule.adagrad(parameters[i], squares[i], gradient[i], eps, i < weights); });
+}
+
+extern "C" __global__ void adam_step(float* parameters, float* mean, float* square, const float* gradient,
+                                     long long size, long long weights, float rest1, float rest2, float eps,
+                                     float scale, float rate, float shrink, const float* rates)
+{
+    Decoupled rule(scale, rate, shrink, rates);
+    every_entry(size, [&](long long i) {
+        rule.adam(parameters[i], mean[i], square[i], gradient[i], rest1, rest2, eps, i < weights);
     });
 }

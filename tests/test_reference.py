@@ -239,48 +239,53 @@ def test_momentum_steps_are_those_by_hand_and_only_weights_decay(size, weights, 
 
 
 @pytest.mark.parametrize(("size", "line", "fault"), [
-    (SIZES[0], "decaying = min(max(weights - start, 0), p.size)", "decaying = p.size"),
-    (SIZES[3], "decaying = min(max(weights - start, 0), p.size)", "decaying = min(weights, p.size)"),
+    (SIZES[0], "yield min(max(weights - start, 0), parts[0].size),", "yield parts[0].size,"),
+    (SIZES[3], "yield min(max(weights - start, 0), parts[0].size),", "yield min(weights, parts[0].size),"),
     (SIZES[0], "np.float32(rate_decay)", "np.float32(decay)"),
     (SIZES[0], "np.subtract(u[:decaying]", "np.add(u[:decaying]"),
     (SIZES[0], "np.float32(rate_scale)", "np.float32(rate)"),
     (SIZES[0], "np.multiply(u, np.float32(momentum), out=u)", "pass"),
-    (SIZES[3], "for start in range(0, parameters.size, PIECE)", "for start in range(0, weights, PIECE)"),
+    (SIZES[3], "for start in range(0, arrays[0].size, PIECE)", "for start in range(0, weights, PIECE)"),
     (SIZES[0], "np.add(p, u, out=p)", "np.subtract(p, u, out=p)"),
 ])
 def test_a_wrong_momentum_step_is_noticed(size, line, fault):
     assert_notices(lambda: check_momentum(*size, 0.3), reference, line, fault)
 
 
-def check_update():
-    """A cd_update is cd_sums, the mean over the data rows, and a momentum step on W, b, c end to end: to the bit."""
+def check_update(name):
+    """A CD update is cd_sums, the mean over the data rows, and a step on W, b, c end to end: to the bit."""
+    whole, step_alone, states, step = {
+        "momentum": (reference.cd_update, reference.momentum_step, 1, {"rate": 0.1, "momentum": 0.7, "decay": 0.2}),
+        "sgd": (reference.cd_sgd, reference.sgd_step, 0, {"rate": 0.1, "decay": 0.2}),
+        "adagrad": (reference.cd_adagrad, reference.adagrad_step, 1, {"rate": 0.1, "decay": 0.2, "eps": 0.3}),
+    }[name]
     n, m, rows, model = 7, 5, 11, 3
     v, h = phases(rows, model, n, m)
     size = n * m + n + m
     rng = np.random.default_rng(1)
-    parameters, velocity = rng.standard_normal((2, size), np.float32)
-    expected, moving = parameters.copy(), velocity.copy()
-    step = {"rate": 0.1, "momentum": 0.7, "decay": 0.2}
+    found = rng.random((1 + states, size), np.float32)
+    expected = found.copy()
     dW, db, dc = (np.empty(shape, np.float32) for shape in ((n, m), (n,), (m,)))
     reference.cd_sums(dW, db, dc, v, h, rows, model_weight=rows / model)
     sums = np.concatenate([dW.ravel(), db, dc])
-    reference.momentum_step(expected, moving, sums, weights=n * m, scale=1 / rows, **step)
-    reference.cd_update(parameters, velocity, np.full(size, np.nan, np.float32), n, m, v, h, rows,
-                        model_weight=rows / model, **step)
-    assert np.array_equal(parameters, expected)
-    assert np.array_equal(velocity, moving)
+    step_alone(*expected, sums, weights=n * m, scale=1 / rows, **step)
+    whole(*found, np.full(size, np.nan, np.float32), n, m, v, h, rows, model_weight=rows / model, **step)
+    assert np.array_equal(found, expected)
 
 
-def test_an_update_is_sums_and_a_step():
-    check_update()
+@pytest.mark.parametrize("name", ["momentum", "sgd", "adagrad"])
+def test_an_update_is_sums_and_a_step(name):
+    check_update(name)
 
 
-@pytest.mark.parametrize(("line", "fault"), [
-    ("scale=1 / rows", "scale=1 / len(v)"),
-    ("cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)", "cd_sums(dW, db, dc, v, h, rows)"),
-    ("weights = n * m\n", "weights = n * m + n\n"),
-    ("gradient[weights : weights + n], gradient[weights + n :]",
+@pytest.mark.parametrize(("name", "line", "fault"), [
+    ("momentum", "scale=1 / rows, rate=rate, momentum", "scale=1 / len(v), rate=rate, momentum"),
+    ("sgd", "scale=1 / rows, rate=rate, decay=decay, rates", "scale=1 / len(v), rate=rate, decay=decay, rates"),
+    ("adagrad", "scale=1 / rows, rate=rate, decay=decay, eps", "scale=1 / len(v), rate=rate, decay=decay, eps"),
+    ("momentum", "cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)", "cd_sums(dW, db, dc, v, h, rows)"),
+    ("sgd", "weights = n * m\n", "weights = n * m + n\n"),
+    ("adagrad", "gradient[weights : weights + n], gradient[weights + n :]",
      "gradient[weights + m :], gradient[weights : weights + m]"),
 ])
-def test_a_wrong_update_is_noticed(line, fault):
-    assert_notices(check_update, reference, line, fault)
+def test_a_wrong_update_is_noticed(name, line, fault):
+    assert_notices(lambda: check_update(name), reference, line, fault)

@@ -30,6 +30,7 @@ STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without bei
 POINTER = None
 Kinds = tuple[type[np.generic] | None, ...]
 ADDRESS: Kinds = (np.uint64, np.uint32, np.uint32, np.uint64, np.uint64, np.uint64, POINTER)  # see ``Door._address``
+RATES: Kinds = (np.float32, np.float32, np.float32, POINTER)  # of a step: three numbers, or null and where they stand
 
 NOWHERE = (0, 0, 0, 0, 0, 0, None)  # the address where nothing is drawn
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gpudbn.arrays import Array
-from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, NOWHERE, POINTER, Door, Kinds, Unit
+from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, NOWHERE, POINTER, RATES, Door, Kinds, Unit
+from gpudbn.reference import decoupled
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ _CD: Kinds = (POINTER, POINTER, _I4, _I4, _I4, _I4, _F4)  # v, h, n, m, K, rows,
 KERNELS: dict[str, dict[str, Kinds]] = {
     "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
     "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD),
-                  "cd_update": (POINTER, POINTER, *_CD, _F4, _F4, _F4, POINTER)},
+                  "cd_update": (POINTER, POINTER, *_CD, *RATES),
+                  "cd_sgd": (POINTER, *_CD, *RATES),
+                  "cd_adagrad": (POINTER, POINTER, *_CD, _F4, *RATES)},
 }
 
 UNITS: Mapping[str, Unit] = {name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants())
@@ -113,16 +116,40 @@ class Layers(Door):
                   rates=None):
         """See ``reference.cd_update``. ``gradient`` is not touched and may be None: the sums stay in registers."""
         _ = gradient
-        K, _, _ = self._cd_sizes("cd_update", v, h, rows, n, m)
+        self._cd_step("cd_update", {"parameters": parameters, "velocity": velocity}, n, m, v, h, rows, model_weight,
+                      lambda scale: (rate * scale, momentum, rate * decay), rates)
+
+    def cd_sgd(self, parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, rates=None):
+        """See ``reference.cd_sgd``. ``gradient`` is not touched and may be None."""
+        _ = gradient
+        self._cd_step("cd_sgd", {"parameters": parameters}, n, m, v, h, rows, model_weight,
+                      lambda scale: decoupled(scale, rate, decay), rates)
+
+    def cd_adagrad(self, parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, eps=1e-8,
+                   rates=None):
+        """See ``reference.cd_adagrad``. ``gradient`` is not touched and may be None."""
+        _ = gradient
+        self._cd_step("cd_adagrad", {"parameters": parameters, "squares": squares}, n, m, v, h, rows, model_weight,
+                      lambda scale: (eps, *decoupled(scale, rate, decay)), rates)
+
+    def _cd_step(self, function: str, changed: Mapping[str, Array], n: int, m: int, v: Array, h: Array, rows: int,
+                 model_weight: float, numbers: Callable[[float], tuple[float, ...]], rates: Array | None) -> None:
+        """Launch a step with the gradient.
+
+        ``changed`` are the parameters and what the rule keeps for each, in order; ``numbers`` makes the kernel's last
+        scalars of 1 / rows.
+        """
+        K, _, _ = self._cd_sizes(function, v, h, rows, n, m)
         if rows == 0:
-            raise ValueError("cd_update: rows must be positive; got 0")
-        self._check("cd_update", "parameters", parameters, n * m + n + m)
-        self._check("cd_update", "velocity", velocity, n * m + n + m)
-        self._check_apart("cd_update", {"parameters": parameters, "velocity": velocity}, {"v": v, "h": h})
-        self._check_apart("cd_update", {"velocity": velocity}, {"parameters": parameters})
-        unit, grid, threads = self._cd_grid("cd_update", n, m)
-        self._launch(unit, "cd_update", grid, threads, parameters, velocity, v, h, n, m, K, rows, model_weight,
-                     rate * (1 / rows), momentum, rate * decay, self._rates("cd_update", rates))
+            raise ValueError(f"{function}: rows must be positive; got 0")
+        for name, array in changed.items():
+            self._check(function, name, array, n * m + n + m)
+        self._check_apart(function, changed, {"v": v, "h": h})
+        parameters, *state = changed.items()
+        self._check_apart(function, dict(state), dict([parameters]))
+        unit, grid, threads = self._cd_grid(function, n, m)
+        self._launch(unit, function, grid, threads, *changed.values(), v, h, n, m, K, rows, model_weight,
+                     *numbers(1 / rows), self._rates(function, rates))
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
         K, n = self._check(function, "v", v, "rows + C", n)

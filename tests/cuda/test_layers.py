@@ -21,7 +21,7 @@ from tests.cuda.checks import (
     host_uniforms,
     sees_fault,
 )
-from tests.cuda.test_elementwise import check_step
+from tests.cuda.test_elementwise import check_decoupled, check_step
 from tests.helpers import assert_close
 
 # B, n, m: one, primes, whole tiles, multiples of 4 with tails
@@ -98,6 +98,18 @@ def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, **step):
 
     check_step(launch, arrays, n * m + n + m, n * m, *exact_sums(v, h, rows, w), scale=1 / rows, **step)
     arrays.passed("cd_update")
+
+
+def check_cd_decoupled(launcher, rule, n, m, rows, C, *, w=0.7, offset=0):
+    arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C)
+    on_device = arrays.put(v), arrays.put(h)
+
+    def launch(*changed, **numbers):
+        getattr(launcher, f"cd_{rule}")(*changed, None, n, m, *on_device, rows, model_weight=w, **numbers)
+
+    sums, error = exact_sums(v, h, rows, w)
+    check_decoupled(launch, arrays, rule, n * m + n + m, n * m, sums / rows, error / rows)
+    arrays.passed(f"cd_{rule}")
 
 
 # --------------------------------------------------------------------------------------------------- half_step
@@ -190,6 +202,14 @@ def test_cd_update(launcher):
 
 
 @ONE_SCHEDULE
+@pytest.mark.parametrize("rule", ["sgd", "adagrad"])
+def test_activations_applied_by_other_rules(launcher, rule):
+    for sizes in CD_SIZES[:-1]:
+        check_cd_decoupled(launcher, rule, *sizes)
+    check_cd_decoupled(launcher, rule, 32, 36, 17, 17, offset=1)
+
+
+@ONE_SCHEDULE
 def test_rates_in_device_memory_count_instead(launcher):
     n, m, rows = 31, 37, 9
     arrays, (v, h) = Arrays(launcher), cd_case(n, m, rows, rows)
@@ -227,6 +247,8 @@ def test_gradients_of_real_layers(launcher):
     for sizes in [(784, 500, 100, 100), (1031, 1009, 500, 300)]:
         check_cd_sums(launcher, *sizes)
         check_cd_update(launcher, *sizes)
+        check_cd_decoupled(launcher, "sgd", *sizes)
+        check_cd_decoupled(launcher, "adagrad", *sizes)
 
 
 @ON_GPU
@@ -278,6 +300,10 @@ def cd_update_check(launcher):
     check_cd_update(launcher, 37, 37, 41, 17)
 
 
+def cd_adagrad_check(launcher):
+    check_cd_decoupled(launcher, "adagrad", 37, 37, 41, 17)
+
+
 FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
     "counter: next block":
         ("(column / 4 + (u64)q)", "(column / 4 + (u64)q + 1)", half_step_check, "small"),
@@ -299,6 +325,12 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
         (": -model_weight", ": model_weight", cd_update_check, "small"),
     "cd_update: biases exchanged":
         ("(visible ? p.b : p.c)[i]", "(visible ? p.c : p.b)[i]", cd_update_check, "large"),
+    "cd_update: what the rule keeps for biases exchanged":
+        ("(visible ? u.b : u.c)[i]", "(visible ? u.c : u.b)[i]", cd_adagrad_check, "small"),
+    "cd_update: what the rule keeps not kept":
+        ("if (state) store_quad(u_row", "if (!state) store_quad(u_row", cd_adagrad_check, "small"),
+    "cd_update: eps and scale exchanged":
+        ("rule.adagrad(p, q, sum, eps,", "rule.adagrad(p, q, sum, scale,", cd_adagrad_check, "large"),
 }
 FAULTS |= {f"product: no barrier, {line.partition('// ')[2]}": (line, "", half_step_check, "small")
            for line in barriers("product.cuh")}
