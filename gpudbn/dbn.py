@@ -8,7 +8,7 @@ with a softmax on top, a classifier (``classifier``). The layers stay as they we
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -22,13 +22,17 @@ from gpudbn.draws import Purpose, site
 from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters
 from gpudbn.rbm import RBM
+from gpudbn.shards import WHOLE, Shards
 from gpudbn.twins import twins_of
 
 
-def classifier_shapes(sizes: Sequence[int], classes: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the network: all weights W0, W1, ... first (they decay), then all biases c0, c1, ...."""
-    widths = [*sizes, classes]
-    pairs = list(itertools.pairwise(widths))
+def classifier_shapes(sizes: Sequence[int], classes: int, shards: Shards = WHOLE) -> dict[str, tuple[int, ...]]:
+    """Shapes of the network: all weights W0, W1, ... first (they decay), then all biases c0, c1, ....
+
+    A shard has its columns of every weight, and the rows of the softmax layer that belong to its units of the top.
+    """
+    mine = [len(range(m)[shards.mine(m)]) for m in sizes[1:]]
+    pairs = [*zip(sizes[:-1], mine, strict=True), (mine[-1], classes)]
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
 
 
@@ -47,6 +51,9 @@ class DBN:
         Visible units, then the hidden units of each layer, from the data up.
     xp : module
         ``numpy`` or ``cupy``: where the parameters live.
+    shards : Shards
+        Which part of each layer is here; the methods are then called on all shards together. Rows, and
+        hidden values that these methods take or give, are whole.
 
     Attributes
     ----------
@@ -58,11 +65,12 @@ class DBN:
         'stochastic'), ``image_shape``, ``classes``, ``data``.
     """
 
-    def __init__(self, sizes: Sequence[int], xp: ModuleType = np) -> None:
+    def __init__(self, sizes: Sequence[int], xp: ModuleType = np, shards: Shards = WHOLE) -> None:
         if len(sizes) < 2 or any(int(s) != s or s < 1 for s in sizes):
             raise UserError(f"DBN: sizes must be at least two whole numbers above 0; got {list(sizes)}")
         self.sizes = [int(s) for s in sizes]
-        self.layers = [RBM(n, m, xp) for n, m in itertools.pairwise(self.sizes)]
+        self.shards = shards
+        self.layers = [RBM(n, m, xp, shards) for n, m in itertools.pairwise(self.sizes)]
         self.classifier: Parameters | None = None
         self.about: dict[str, Any] = {"binarise": "none"}
 
@@ -73,12 +81,15 @@ class DBN:
 
     def count(self) -> int:
         """Number of parameters of all layers."""
-        return sum(rbm.parameters.size for rbm in self.layers)
+        return sum(self._counts())
+
+    def _counts(self) -> list[int]:
+        return [rbm.n * rbm.m + rbm.n + rbm.m for rbm in self.layers]
 
     def describe(self) -> str:
         """The network in one line, with its parameter count."""
         arrows = " - ".join(map(str, self.sizes))
-        return f"DBN {arrows}: {self.count():,} parameters ({', '.join(f'{r.parameters.size:,}' for r in self.layers)})"
+        return f"DBN {arrows}: {self.count():,} parameters ({', '.join(f'{count:,}' for count in self._counts())})"
 
     # -- up and down ------------------------------------------------------------------------------
 
@@ -94,14 +105,18 @@ class DBN:
         """Mean-field activations of layer ``layers`` (default: the top). Array (B, n) -> (B, m), float32."""
         x = self.prepare(v)
         for rbm in self.layers[:layers]:
-            x = rbm.hidden_given_visible(x)
+            x = self.shards.gather(rbm.hidden_given_visible(x))
         return x
 
     def down(self, h: Array, layers: int | None = None) -> Array:
         """Mean-field activations of the data units below hidden values of layer ``layers``. (B, m) -> (B, n)."""
         for rbm in reversed(self.layers[:layers]):
-            h = rbm.visible_given_hidden(h)
+            h = rbm.visible_given_hidden(self._mine(rbm, h))
         return h
+
+    def _mine(self, rbm: RBM, h: Array) -> Array:
+        """This shard's columns of hidden values of a layer. Array (B, m) -> (B, own)."""
+        return h if self.shards.count == 1 else self.xp.ascontiguousarray(h[:, rbm.mine])
 
     def reconstruct(self, v: Array) -> Array:
         """Up to the top and down again, mean-field. Array (B, n) -> (B, n)."""
@@ -140,7 +155,8 @@ class DBN:
         else:
             v = self.prepare(start)
             for layer, rbm in enumerate(self.layers[:-1]):
-                v = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
+                h = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
+                v = self.shards.gather(h)
         depth = len(self.layers)
         for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):
             v = state
@@ -148,14 +164,15 @@ class DBN:
                 progress(done)
         h = top.sample_hidden(v, seed=seed, update=steps, site=site(Purpose.SAMPLING, depth - 1, 0))
         for layer in range(depth - 1, 0, -1):
-            h = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))
+            v = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))
+            h = self._mine(self.layers[layer - 1], v)
         return self.layers[0].visible_given_hidden(h)
 
     # -- the classifier ---------------------------------------------------------------------------
 
     def new_classifier(self, classes: int) -> Parameters:
         """The upward weights of the layers with a softmax of zeros on top; kept in ``classifier``."""
-        net = Parameters(classifier_shapes(self.sizes, classes), self.xp)
+        net = Parameters(classifier_shapes(self.sizes, classes, self.shards), self.xp)
         for i, rbm in enumerate(self.layers):
             net[f"W{i}"][...] = rbm.W
             net[f"c{i}"][...] = rbm.c
@@ -176,12 +193,14 @@ class DBN:
                             "Train with --finetune-epochs above 0 on labelled data")
         net, x = self.classifier, self.prepare(v)
         twins = twins_of(x)
-        for i in range(len(self.layers)):
-            y = self.xp.empty((len(x), self.sizes[i + 1]), np.float32)
-            twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"])
-            x = y
         top = len(self.layers)
-        logits = x @ net[f"W{top}"] + net[f"c{top}"]
+        for i, rbm in enumerate(self.layers):
+            y = self.xp.empty((len(x), rbm.width), np.float32)
+            twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"])
+            x = self.shards.gather(y) if i + 1 < top else y
+        logits = x @ net[f"W{top}"]
+        self.shards.sum_(logits)
+        logits += net[f"c{top}"]
         logits -= logits.max(axis=1, keepdims=True)
         p = self.xp.exp(logits)
         return p / p.sum(axis=1, keepdims=True)
@@ -192,28 +211,47 @@ class DBN:
 
     # -- files ------------------------------------------------------------------------------------
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything learned, by name, on the CPU: layers.0.W, ..., classifier.W0, ...."""
-        found = {f"layers.{i}.{name}": to_cpu(rbm.parameters[name])
-                 for i, rbm in enumerate(self.layers) for name in rbm.parameters}
+    def _places(self) -> Iterator[tuple[str, Array, tuple[slice, ...], tuple[int, ...]]]:
+        """Everything learned: name, the array that is here, what it is of the whole one, the whole one's shape."""
+        everything = slice(None)
+        for i, rbm in enumerate(self.layers):
+            yield f"layers.{i}.W", rbm.W, (everything, rbm.mine), (rbm.n, rbm.m)
+            yield f"layers.{i}.b", rbm.b, (everything,), (rbm.n,)
+            yield f"layers.{i}.c", rbm.c, (rbm.mine,), (rbm.m,)
         if self.classifier is not None:
-            found |= {f"classifier.{name}": to_cpu(self.classifier[name]) for name in self.classifier}
+            classes = self.classifier[f"c{len(self.layers)}"].size
+            sizes, mine = [*self.sizes, classes], [everything, *(rbm.mine for rbm in self.layers), everything]
+            for name, array in ((name, self.classifier[name]) for name in self.classifier):
+                i = int(name[1:])
+                # the softmax layer is cut by rows
+                rows, columns = (mine[i] if i == len(self.layers) else everything), mine[i + 1]
+                if name[0] == "W":
+                    yield f"classifier.{name}", array, (rows, columns), (sizes[i], sizes[i + 1])
+                else:
+                    yield f"classifier.{name}", array, (columns,), (sizes[i + 1],)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ...."""
+        found = {}
+        for name, array, cut, _ in self._places():
+            axis = next((i for i, part in enumerate(cut) if part != slice(None)), None)
+            whole = to_cpu(array)
+            if axis is not None and self.shards.count > 1:
+                whole = np.moveaxis(self.shards.gather(np.ascontiguousarray(np.moveaxis(whole, axis, -1))), -1, axis)
+            found[name] = whole
         return found
 
     def set_arrays(self, found: dict[str, np.ndarray]) -> None:
         """Take back what ``arrays`` gave; sizes must be the same."""
         if any(name.startswith("classifier.") for name in found):
             self.new_classifier(found[f"classifier.c{len(self.layers)}"].shape[0])
-        places = {f"layers.{i}.{name}": rbm.parameters[name]
-                  for i, rbm in enumerate(self.layers) for name in rbm.parameters}
-        if self.classifier is not None:
-            places |= {f"classifier.{name}": self.classifier[name] for name in self.classifier}
-        for name, place in places.items():
-            if name not in found or found[name].shape != place.shape:
+        places = list(self._places())
+        for name, _, _, shape in places:
+            if name not in found or found[name].shape != shape:
                 got = f"shape {found[name].shape}" if name in found else "none"
-                raise UserError(f"model: must hold {name} of shape {place.shape}; got {got}. Is it from another run?")
-        for name, place in places.items():
-            place[...] = self.xp.asarray(found[name])
+                raise UserError(f"model: must hold {name} of shape {shape}; got {got}. Is it from another run?")
+        for name, array, cut, _ in places:
+            array[...] = self.xp.asarray(found[name][cut])
 
     def about_file(self) -> dict[str, Any]:
         """The metadata of a model file."""

@@ -4,7 +4,8 @@
 
 Bengio et al. (2007), section 2.3 and algorithm 3 of the talk; dropout as in Srivastava et al.
 (2014), section 4, scaled in training so that prediction needs no change. Gradients point uphill,
-towards lower cross-entropy. Generic over NumPy and CuPy.
+towards lower cross-entropy. Generic over NumPy and CuPy, and over layers in one or several parts
+(``shards.py``): activations are gathered on the way up, logits and errors summed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class FinetunePhase(Phase):
     measures = ("loss", "error")
 
     def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
-        self.dbn, self.settings, self.xp = dbn, settings, dbn.xp
+        self.dbn, self.settings, self.xp, self.shards = dbn, settings, dbn.xp, dbn.shards
         self.depth = len(dbn.layers)
         fits = dbn.classifier is not None and dbn.classifier[f"c{self.depth}"].size == classes
         self.net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
@@ -56,10 +57,14 @@ class FinetunePhase(Phase):
             Adam(self.parameters, decay=settings.finetune_decay) if settings.optimiser == "adam" else
             Momentum(self.parameters, momentum=settings.finetune_momentum, decay=settings.finetune_decay))
         self.gradient = Parameters(self.net.shapes, self.xp)
-        widths = [*dbn.sizes, self.net[f"c{self.depth}"].size]
+        # level 0 is the data, level l the hidden units of layer l that are here, the last the logits
+        widths = [dbn.sizes[0], *(rbm.width for rbm in dbn.layers), classes]
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
         self.masks = [self.xp.empty((rows, width), np.float32) for width in widths[:-1]]
+        # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
+        cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
+        self.wholes = [self.xp.empty((rows, size), np.float32) for size in cut]
         self.twins = twins_of(self.parameters)
         self.rate = 0.0
 
@@ -83,25 +88,32 @@ class FinetunePhase(Phase):
         if keep == 1:
             return
         mask = self.twins.uniforms(self.masks[level][: len(x)], seed=self.settings.seed, update=piece.update,
-                                   site=site(Purpose.DROPOUT, level), row=piece.row)
+                                   site=site(Purpose.DROPOUT, level), row=piece.row,
+                                   **(self.dbn.layers[level - 1].columns if level else {}))
         self.xp.multiply(x, mask < np.float32(keep), out=x)
         self.xp.multiply(x, np.float32(1 / keep), out=x)
 
-    def _forward(self, a: list[Array], piece: Piece | None) -> Array:
-        """Fill a[1:] from a[0]; the last becomes log softmax. Dropout only if there is a piece."""
-        xp, net = self.xp, self.net
+    def _forward(self, a: list[Array], wholes: list[Array], piece: Piece | None) -> list[Array]:
+        """Fill a[1:] from a[0]; the last becomes log softmax. Dropout only if there is a piece.
+
+        Returns what feeds each layer: all units of the level below, in ``wholes`` where layers are cut.
+        """
+        xp, net, inputs = self.xp, self.net, [a[0]]
         if piece is not None:
             self._drop(a[0], 0, piece)
         for i in range(self.depth):
-            self.twins.half_step(None, a[i + 1], a[i], net[f"W{i}"], net[f"c{i}"])
+            self.twins.half_step(None, a[i + 1], inputs[i], net[f"W{i}"], net[f"c{i}"])
             if piece is not None:
                 self._drop(a[i + 1], i + 1, piece)
+            if i + 1 < self.depth:
+                inputs.append(self.shards.gather(a[i + 1], out=wholes[i] if wholes else None))
         logits = a[-1]
         xp.matmul(a[-2], net[f"W{self.depth}"], out=logits)
+        self.shards.sum_(logits)
         logits += net[f"c{self.depth}"]
         logits -= logits.max(axis=1, keepdims=True)
         logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))
-        return logits
+        return [*inputs, a[-2]]
 
     def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
         """``out`` (size,) <- the sum over rows of the gradient of log p(label)."""
@@ -114,18 +126,24 @@ class FinetunePhase(Phase):
         rows.take(piece.positions, a[0])
         if self.settings.binarise == "threshold":
             threshold(a[0])
-        logits = self._forward(a, piece)
+        wholes = [x[:count] for x in self.wholes]
+        inputs = self._forward(a, wholes, piece)
         # d log p(label) / d logits = onehot(label) - p
         delta = self.deltas[-1][:count]
-        xp.exp(logits, out=delta)
+        xp.exp(a[-1], out=delta)
         xp.negative(delta, out=delta)
         delta[xp.arange(count), xp.asarray(rows.take_labels(piece.positions))] += 1
         for i in range(self.depth, -1, -1):
-            xp.matmul(a[i].T, delta, out=gradient[f"W{i}"])
+            xp.matmul(inputs[i].T, delta, out=gradient[f"W{i}"])
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
             if i:
                 below = self.deltas[i - 1][:count]
-                xp.matmul(delta, self.net[f"W{i}"].T, out=below)
+                if i == self.depth or not wholes:  # the softmax layer is cut by rows: its errors come to the units here
+                    xp.matmul(delta, self.net[f"W{i}"].T, out=below)
+                else:
+                    xp.matmul(delta, self.net[f"W{i}"].T, out=wholes[i - 1])
+                    self.shards.sum_(wholes[i - 1])
+                    below[...] = wholes[i - 1][:, self.dbn.layers[i - 1].mine]
                 # with x = a [kept] / keep, the factor [kept] / keep a (1 - a) is x (1 - keep x)
                 factor = self.masks[i][:count]
                 xp.multiply(a[i], np.float32(-self._keep(i)), out=factor)
@@ -150,7 +168,7 @@ class FinetunePhase(Phase):
         if self.settings.binarise == "threshold":
             threshold(x)
         a = [x] + [self.xp.empty((len(x), d.shape[1]), np.float32) for d in self.deltas]
-        logits = self._forward(a, None)
-        labels = self.xp.asarray(rows.take_labels(positions))
+        self._forward(a, [self.xp.empty((len(x), w.shape[1]), np.float32) for w in self.wholes], None)
+        logits, labels = a[-1], self.xp.asarray(rows.take_labels(positions))
         loss = -logits[self.xp.arange(len(x)), labels].sum(dtype=np.float64)
         return [loss, (logits.argmax(axis=1) != labels).sum(dtype=np.float64)]

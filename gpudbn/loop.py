@@ -127,7 +127,7 @@ class Training:
             chains = None
             if s.method == "pcd":
                 chains = self.dbn.xp.asarray(kept["chains"] if kept else new_chains(
-                    high - low, self.dbn.layers[self.index].m, seed=s.seed, layer=self.index,
+                    high - low, self.dbn.layers[self.index], seed=s.seed, layer=self.index,
                     row=self._first_row() + low))
             layer = LayerPhase(self.dbn, self.index, s, rows=rows, chains=chains)
             if not kept:

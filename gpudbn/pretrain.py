@@ -106,8 +106,9 @@ class LayerPhase(Phase):
         self.contrast = Contrast(self.rbm, rows, estimator, seed=settings.seed, layer=layer, chains=chains)
         self.velocity = dbn.xp.zeros_like(self.parameters)
         self.gradient = dbn.xp.empty_like(self.parameters)
-        # values of the layers below, on the way up
+        # values of the layers below on the way up: visible units; and, where layers are cut, the hidden units here
         self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
+        self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]
         self.twins = twins_of(self.parameters)
         self.rate = self.momentum = 0.0
 
@@ -136,11 +137,12 @@ class LayerPhase(Phase):
         for layer in range(self.layer):
             y = self.lower[layer + 1][:count] if layer + 1 < self.layer else out
             rbm = self.dbn.layers[layer]
+            h = self.parts[layer][:count] if self.parts else y
             if s.up == "sample":
-                self.twins.half_step(y, None, x, rbm.W, rbm.c, site=site(Purpose.UP, layer), **address)
+                rbm.up(h, None, x, site=site(Purpose.UP, layer), **address)
             else:
-                self.twins.half_step(None, y, x, rbm.W, rbm.c)
-            x = y
+                rbm.up(None, h, x)
+            x = self.dbn.shards.gather(h, out=y)
 
     def _fill(self, rows: Rows, piece: Piece) -> tuple[Array, Array]:
         count = len(piece.positions)
@@ -152,19 +154,19 @@ class LayerPhase(Phase):
     def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
         """``out`` (size,) <- the sums of ``cd_sums`` over one piece of a batch, W, b, c end to end."""
         v, h = self._fill(rows, piece)
-        n, m = self.rbm.n, self.rbm.m
+        n, m = self.rbm.n, self.rbm.width
         dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n :]
         self.twins.cd_sums(dW, db, dc, v, h, len(piece.positions), model_weight=piece.model_weight)
 
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
-        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.m,
+        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.width,
                                  scale=1 / count, rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
 
     def update(self, rows: Rows, piece: Piece) -> None:
         """``sums`` and ``step`` in one: a single kernel on a GPU."""
         v, h = self._fill(rows, piece)
-        self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.m, v, h,
+        self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h,
                              len(piece.positions), model_weight=piece.model_weight, rate=self.rate,
                              momentum=self.momentum, decay=self.settings.decay)
 

@@ -1,6 +1,7 @@
 """One restricted Boltzmann machine: energies, conditionals, Gibbs chains, and the CD-k and PCD statistics.
 
-Written once for NumPy and CuPy: the array decides. Notation as in ``reference.py``.
+Written once for NumPy and CuPy: the array decides; and for a layer in one or several parts
+(``shards.py``). Notation as in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
 from gpudbn.draws import Purpose, normals, site
 from gpudbn.parameters import Parameters, rbm_shapes
+from gpudbn.reference import bernoulli
+from gpudbn.shards import WHOLE, Shards
 from gpudbn.twins import twins_of
 
 
@@ -26,16 +30,26 @@ class RBM:
         Visible and hidden units.
     xp : module
         ``numpy`` or ``cupy``: where the parameters live.
+    shards : Shards
+        Which of the hidden units are here. Wherever m is a size of an array below, it is the number of
+        those: all of them, unless the layer is cut.
 
     Attributes
     ----------
     parameters : Parameters
         W (n, m), b (n,), c (m,), float32, in one flat buffer; all zero at first.
+    mine : slice
+        The hidden units that are here.
+    width : int
+        How many they are.
     """
 
-    def __init__(self, n: int, m: int, xp: ModuleType = np, parameters: Parameters | None = None) -> None:
-        self.n, self.m = n, m
-        self.parameters = parameters or Parameters(rbm_shapes(n, m), xp)
+    def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE) -> None:
+        self.n, self.m, self.shards = n, m, shards
+        self.mine = shards.mine(m)
+        self.width = self.mine.stop - self.mine.start
+        self.columns = {"column": self.mine.start, "columns": m}  # of the draws of hidden units
+        self.parameters = Parameters(rbm_shapes(n, self.width), xp)
 
     @property
     def W(self) -> Array:  # noqa: N802 - the papers' letter
@@ -59,8 +73,8 @@ class RBM:
         Hinton (2012), section 8.
         """
         xp = module_of(self.W)
-        W = np.empty((self.n, self.m), np.float32)
-        normals(W, seed=seed, update=0, site=site(Purpose.INITIALISATION, layer))
+        W = np.empty((self.n, self.width), np.float32)
+        normals(W, seed=seed, update=0, site=site(Purpose.INITIALISATION, layer), **self.columns)
         self.W[...] = xp.asarray(W) * np.float32(sd)
         self.c[...] = 0
         self.b[...] = 0
@@ -70,7 +84,9 @@ class RBM:
 
     def energy(self, v: Array, h: Array) -> Array:
         """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
-        return -(v @ self.b) - h @ self.c - ((v @ self.W) * h).sum(axis=1)
+        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)
+        self.shards.sum_(of_hidden)
+        return -(v @ self.b) - of_hidden
 
     def free_energy(self, v: Array) -> Array:
         """F(v) = -b.v - sum_j log(1 + exp(c_j + (v W)_j)) for each row. Array (B, n) -> (B,), nats.
@@ -78,30 +94,47 @@ class RBM:
         -F(v) is log p(v) up to log Z; for real-valued v it is that of the row taken as it is.
         """
         xp = module_of(v, self.W)
-        return -(v @ self.b) - xp.logaddexp(np.float32(0), v @ self.W + self.c).sum(axis=1)
+        of_hidden = xp.logaddexp(np.float32(0), v @ self.W + self.c).sum(axis=1)
+        self.shards.sum_(of_hidden)
+        return -(v @ self.b) - of_hidden
+
+    def up(self, sample: Array | None, mean: Array | None, v: Array, **address: Any) -> None:
+        """mean <- P(h = 1 | v), sample ~ P(h | v): arrays (B, m), or None where not wanted; from v (B, n)."""
+        twins_of(v, self.W).half_step(sample, mean, v, self.W, self.c, **address, **self.columns)
+
+    def down(self, sample: Array | None, mean: Array | None, h: Array, **address: Any) -> None:
+        """mean <- P(v = 1 | h), sample ~ P(v | h): arrays (B, n), or None where not wanted; from h (B, m)."""
+        twins = twins_of(h, self.W)
+        if self.shards.count == 1:  # in one launch
+            twins.half_step(sample, mean, h, self.W, self.b, transpose=True, **address)
+        else:
+            out = sample if mean is None else mean
+            module_of(h).matmul(h, self.W.T, out=out)
+            self.shards.sum_(out)
+            twins.activate(sample, mean, out, self.b, **address)
 
     def hidden_given_visible(self, v: Array) -> Array:
         """P(h_j = 1 | v). Array (B, n) -> (B, m)."""
-        mean = module_of(v).empty((len(v), self.m), np.float32)
-        twins_of(v, self.W).half_step(None, mean, v, self.W, self.c)
+        mean = module_of(v).empty((len(v), self.width), np.float32)
+        self.up(None, mean, v)
         return mean
 
     def visible_given_hidden(self, h: Array) -> Array:
         """P(v_i = 1 | h). Array (B, m) -> (B, n)."""
         mean = module_of(h).empty((len(h), self.n), np.float32)
-        twins_of(h, self.W).half_step(None, mean, h, self.W, self.b, transpose=True)
+        self.down(None, mean, h)
         return mean
 
     def sample_hidden(self, v: Array, **address: int) -> Array:
         """h ~ P(h | v). Array (B, n) -> (B, m) of 0 and 1; ``address`` of the draws as in ``draws``."""
-        h = module_of(v).empty((len(v), self.m), np.float32)
-        twins_of(v, self.W).half_step(h, None, v, self.W, self.c, **address)
+        h = module_of(v).empty((len(v), self.width), np.float32)
+        self.up(h, None, v, **address)
         return h
 
     def sample_visible(self, h: Array, **address: int) -> Array:
         """v ~ P(v | h). Array (B, m) -> (B, n) of 0 and 1."""
         v = module_of(h).empty((len(h), self.n), np.float32)
-        twins_of(h, self.W).half_step(v, None, h, self.W, self.b, transpose=True, **address)
+        self.down(v, None, h, **address)
         return v
 
     def gibbs(self, v: Array, steps: int, *, seed: int, layer: int = 0, row: int = 0,
@@ -175,8 +208,7 @@ class Contrast:
         model_rows = rows if chains is None else len(chains)
         self.rbm, self.estimator, self.seed, self.layer, self.chains = rbm, estimator, seed, layer, chains
         self.v = xp.empty((rows + model_rows, rbm.n), np.float32)
-        self.h = xp.empty((rows + model_rows, rbm.m), np.float32)
-        self.twins = twins_of(self.v)
+        self.h = xp.empty((rows + model_rows, rbm.width), np.float32)
 
     def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0),
              chain_row: int = 0) -> tuple[Array, Array]:
@@ -213,11 +245,11 @@ class Contrast:
         rbm, e = self.rbm, self.estimator
         address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 0), "row": row}
         if e.data_hidden == "sample":
-            self.twins.half_step(h[:rows], None, v[:rows], rbm.W, rbm.c, **address)
+            rbm.up(h[:rows], None, v[:rows], **address)
         elif self.chains is None:  # the chains need a sample all the same: it waits in the model rows
-            self.twins.half_step(h[rows:], h[:rows], v[:rows], rbm.W, rbm.c, **address)
+            rbm.up(h[rows:], h[:rows], v[:rows], **address)
         else:
-            self.twins.half_step(None, h[:rows], v[:rows], rbm.W, rbm.c)
+            rbm.up(None, h[:rows], v[:rows])
 
     def _cd(self, v: Array, h0: Array, h: Array, update: int, row: int) -> None:
         rbm, e = self.rbm, self.estimator
@@ -227,9 +259,9 @@ class Contrast:
             address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 2 * step + 2),
                        "row": row}
             if step < e.k - 1 or e.last_hidden == "sample":
-                self.twins.half_step(h, None, v, rbm.W, rbm.c, **address)
+                rbm.up(h, None, v, **address)
             else:
-                self.twins.half_step(None, h, v, rbm.W, rbm.c)
+                rbm.up(None, h, v)
             start = h
 
     def _pcd(self, v: Array, chains: Array, h: Array, update: int, row: int) -> None:
@@ -239,25 +271,22 @@ class Contrast:
             address = {"seed": self.seed, "update": update, "site": site(Purpose.CHAIN, self.layer, 2 * step + 2),
                        "row": row}
             last = step == e.k - 1
-            self.twins.half_step(chains, h if last else None, v, rbm.W, rbm.c, **address)
+            rbm.up(chains, h if last else None, v, **address)
         if e.last_hidden == "sample":
             h[...] = chains
 
     def _visible(self, v: Array, h: Array, update: int, row: int, purpose: Purpose, half_step: int) -> None:
         rbm = self.rbm
         if self.estimator.reconstruction == "mean":
-            self.twins.half_step(None, v, h, rbm.W, rbm.b, transpose=True)
+            rbm.down(None, v, h)
         else:
-            self.twins.half_step(v, None, h, rbm.W, rbm.b, transpose=True, seed=self.seed, update=update,
-                                 site=site(purpose, self.layer, half_step), row=row)
+            rbm.down(v, None, h, seed=self.seed, update=update, site=site(purpose, self.layer, half_step), row=row)
 
 
-def new_chains(count: int, m: int, *, seed: int, layer: int, row: int = 0) -> np.ndarray:
+def new_chains(count: int, rbm: RBM, *, seed: int, layer: int, row: int = 0) -> np.ndarray:
     """Hidden states of ``count`` persistent chains: fair coins, the exact distribution while W = c = 0.
 
     Array (count, m), float32, on the CPU.
     """
-    from gpudbn.reference import bernoulli
-
-    chains = np.full((count, m), 0.5, np.float32)
-    return bernoulli(chains, chains, seed=seed, update=0, site=site(Purpose.CHAIN, layer, 0), row=row)
+    chains = np.full((count, rbm.width), 0.5, np.float32)
+    return bernoulli(chains, chains, seed=seed, update=0, site=site(Purpose.CHAIN, layer, 0), row=row, **rbm.columns)

@@ -21,8 +21,8 @@ import numpy as np
 
 from gpudbn.draws import uniforms
 
-__all__ = ["adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums", "cd_update",
-           "gather", "half_step", "momentum_step", "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
+__all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
+           "cd_update", "gather", "half_step", "momentum_step", "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
 
 # Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
 PIECE = 1 << 15
@@ -75,6 +75,29 @@ def bernoulli(sample, mean, *, seed, update, site, row=0, column=0, columns=None
     return sample
 
 
+def activate(sample, mean, x, bias, *, seed=0, update=0, site=0, row=0, column=0, columns=None, clock=None):
+    """mean <- sigmoid(x + bias), sample ~ Bernoulli(mean): a half-step from its product on, where parts were summed.
+
+    Parameters
+    ----------
+    sample : array (B, m), float32, or None
+        Overwritten with 0 and 1. None: not wanted, nothing is drawn. May be ``x`` itself.
+    mean : array (B, m), float32, or None
+        Overwritten with the probabilities. None: not wanted. May be ``x`` itself.
+    x : array (B, m), float32
+        The product.
+    bias : array (m,), float32
+    seed, update, site, row, column, columns, clock
+        Address of ``sample[0, 0]``, see ``draws``.
+    """
+    out = sample if mean is None else mean
+    np.add(x, bias, out=out)
+    sigmoid(out)
+    if sample is not None:
+        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
+                  clock=clock)
+
+
 def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0, columns=None,
               clock=None):
     """mean <- sigmoid(x W + bias), sample ~ Bernoulli(mean): half a Gibbs step.
@@ -99,11 +122,8 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, si
     """
     out = sample if mean is None else mean
     np.matmul(x, W.T if transpose else W, out=out)
-    np.add(out, bias, out=out)
-    sigmoid(out)
-    if sample is not None:
-        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
-                  clock=clock)
+    activate(sample, mean, out, bias, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
+             clock=clock)
 
 
 def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):

@@ -1,16 +1,19 @@
-// draws: arrays of uniforms, and of zeros and ones drawn with given probabilities.
+// draws: arrays of uniforms, and of zeros and ones drawn with given probabilities or from given products.
 //
 //     uniforms    out[r, j]    = u(seed, update, site, row + r, column + j)
 //     bernoulli   sample[r, j] = 1 if u(...) < mean[r, j] else 0
+//     activate    mean[r, j]   = sigmoid(x[r, j] + bias[j]), sample as above
 //
 // out, sample  (B, m)  out
-// mean         (B, m)  in; may be the same array as sample
+// mean         (B, m)  in, may be the same array as sample; for activate out, and it or sample may be null
+// x, bias      (B, m), (m,)  in; x may be the same array as sample or mean
 //
 // Launch: one thread a quad of columns (one Philox block), 1-D, any number of blocks of any size; tail guarded.
 // Numerics: the uniforms are exact; u has 24 bits, so a mean below 2^-24 fires too often by at most 2^-24.
-// Twins: reference.uniforms, reference.bernoulli
+// Twins: reference.uniforms, reference.bernoulli, reference.activate
 #include "philox.cuh"
 #include "quads.cuh"
+#include "sigmoid.cuh"
 
 // Calls visit(r, q, first): quad q of row r, whose first column is `first` (below 0 where the array starts in mid-block).
 template <class Visit>
@@ -42,6 +45,24 @@ extern "C" __global__ void bernoulli(float* sample, const float* mean, int B, in
     every_quad(B, m, shift, [&](long long r, long long q, int first) {
         float4 u = address.draw(r, q), p = load_quad(mean + r * m, first, m, read_aligned);
         store_quad(sample + r * m, first, m, write_aligned,
+                   make_float4(u.x < p.x, u.y < p.y, u.z < p.z, u.w < p.w));
+    });
+}
+
+extern "C" __global__ void activate(float* sample, float* mean, const float* x, const float* bias, int B, int m,
+                                    u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
+{
+    Address address = {seed, update, site, row, column, blocks, clock};
+    int shift = address.shift();
+    bool x_aligned = quads_aligned(x, m, shift);
+    bool mean_aligned = quads_aligned(mean, m, shift), sample_aligned = quads_aligned(sample, m, shift);
+    every_quad(B, m, shift, [&](long long r, long long q, int first) {
+        float4 a = load_quad(x + r * m, first, m, x_aligned), c = load_quad(bias, first, m, false);
+        float4 p = make_float4(sigmoid_of(a.x + c.x), sigmoid_of(a.y + c.y), sigmoid_of(a.z + c.z), sigmoid_of(a.w + c.w));
+        if (mean) store_quad(mean + r * m, first, m, mean_aligned, p);
+        if (!sample) return;
+        float4 u = address.draw(r, q);
+        store_quad(sample + r * m, first, m, sample_aligned,
                    make_float4(u.x < p.x, u.y < p.y, u.z < p.z, u.w < p.w));
     });
 }

@@ -130,7 +130,7 @@ def test_the_gradient_is_right_for_one_and_three_hidden_layers(sizes, monkeypatc
     ("dropout", "np.float32(-self._keep(i))", "np.float32(-1)"),
     ("dropout", "np.float32(1 / keep)", "np.float32(1)"),
     ("dropout", "mask < np.float32(keep)", "mask > np.float32(keep)"),
-    ("dropout", "site=site(Purpose.DROPOUT, level), row=piece.row)", "site=site(Purpose.DROPOUT, level))"),
+    ("dropout", "site=site(Purpose.DROPOUT, level), row=piece.row,", "site=site(Purpose.DROPOUT, level),"),
     ("dropout", "site=site(Purpose.DROPOUT, level)", "site=site(Purpose.DROPOUT, 0)"),
     ("dropout", "self.settings.dropout if level else", "self.settings.dropout if not level else"),
     ("threshold", "rows.take(piece.positions, a[0])\n        if self.settings.binarise == \"threshold\":",
@@ -159,7 +159,7 @@ def test_pieces_of_a_batch_add_up_even_empty_ones():
 
 @pytest.mark.parametrize(("line", "fault"), [
     ("out[...] = 0\n            return", "return"),
-    ("site=site(Purpose.DROPOUT, level), row=piece.row)", "site=site(Purpose.DROPOUT, level))"),
+    ("site=site(Purpose.DROPOUT, level), row=piece.row,", "site=site(Purpose.DROPOUT, level),"),
 ])
 def test_pieces_that_do_not_add_up_are_noticed(line, fault):
     assert_notices(check_pieces, finetune, line, fault)
@@ -196,7 +196,7 @@ def test_measures_are_sums_of_the_plain_formulas_without_dropout(way):
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("logits = self._forward(a, None)", "logits = self._forward(a, Piece(positions, 0, 0, slice(0), 0, 1.0))"),
+    ("for w in self.wholes], None)", "for w in self.wholes], Piece(positions, 0, 0, slice(0), 0, 1.0))"),
     ("loss = -logits[", "loss = logits["),
     ("logits.argmax(axis=1) != labels", "logits.argmax(axis=1) == labels"),
     ("logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))", "pass"),

@@ -18,7 +18,7 @@ import gpudbn
 FLOORS = """
     errors draws tracing mpi/launch
     arrays settings
-    parameters
+    parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     cuda/draws cuda/elementwise cuda/layers cuda/turns data/checks
     cuda/__init__ data/files

@@ -16,7 +16,7 @@ from gpudbn.loop import Training
 from gpudbn.mpi.alone import Alone
 from gpudbn.parameters import Parameters
 from gpudbn.pretrain import LayerPhase, Piece
-from gpudbn.rbm import new_chains
+from gpudbn.rbm import RBM, new_chains
 from gpudbn.settings import Settings
 
 from .helpers import Watched, all_states, assert_close, assert_notices, joint, log_likelihood, planted
@@ -86,8 +86,8 @@ def test_a_layer_is_trained_on_rows_taken_up_through_the_layers_below(layer, bin
     ("none", "sample", "\"update\": piece.update, \"row\": piece.row}", "\"update\": 0, \"row\": piece.row}"),
     ("none", "sample", "if s.up == \"sample\":", "if False:"),
     ("none", "mean", "if s.up == \"sample\":", "if True:"),
-    ("none", "mean", "            x = y\n", "            pass\n"),
-    ("none", "mean", "half_step(None, y, x, rbm.W, rbm.c)", "half_step(None, y, x, rbm.W, 0 * rbm.c)"),
+    ("none", "mean", "x = self.dbn.shards.gather(h, out=y)", "pass"),
+    ("none", "mean", "rbm.up(None, h, x)", "rbm.up(None, h, 1 - x)"),
     ("threshold", "mean", "if s.binarise == \"threshold\":", "if False:"),
     ("stochastic", "mean", "elif s.binarise == \"stochastic\":", "elif False:"),
     ("stochastic", "mean", "site=site(Purpose.BINARISATION), **address)", "site=site(Purpose.UP), **address)"),
@@ -102,7 +102,8 @@ def test_other_inputs_are_noticed(binarise, up, line, fault):
 def check_update(method, last_rows):
     """``update`` is ``sums``, which are cd_sums of the contrast, and ``step``, on W, b, c end to end; twice."""
     s = replace(SETTINGS, method=method, decay=0.3, learning_rate=(0.05, 0.07, 0.2, 0.3), momentum=(0.6,))
-    made = [phase(settings=s, chains=new_chains(8, 3, seed=1, layer=2) if method == "pcd" else None) for _ in range(2)]
+    made = [phase(settings=s, chains=new_chains(8, RBM(1, 3), seed=1, layer=2) if method == "pcd" else None)
+            for _ in range(2)]
     table = rows()
     for of in made:
         assert of.begin_epoch(0) == {"learning_rate": 0.2, "momentum": 0.6}
@@ -137,7 +138,7 @@ def test_an_update_is_sums_and_a_step(method):
     ("decay=self.settings.decay)\n\n    def update", "decay=0)\n\n    def update"),
     ("out[n * m : n * m + n], out[n * m + n :]", "out[n * m + m :], out[n * m : n * m + m]"),
     ("s.of_layer(\"learning_rate\", self.layer)", "s.of_layer(\"learning_rate\", 0)"),
-    ("weights=self.rbm.n * self.rbm.m,", "weights=out.size if (out := sums) is not None else 0,"),
+    ("weights=self.rbm.n * self.rbm.width,", "weights=out.size if (out := sums) is not None else 0,"),
 ])
 def test_a_wrong_update_is_noticed(line, fault):
     assert_notices(lambda: check_update("pcd", 5), pretrain, line, fault)
@@ -252,8 +253,8 @@ def test_training_raises_the_exact_likelihood_and_persistent_chains_come_close_t
 
 @pytest.mark.parametrize(("method", "module", "line", "fault"), [
     ("cd", reference, "np.float32(rate_scale)", "np.float32(-rate_scale)"),
-    ("cd", rbm, "self.twins.half_step(None, h, v, rbm.W, rbm.c)\n            start",
-     "self.twins.half_step(None, h, v, -rbm.W, rbm.c)\n            start"),
+    ("cd", rbm, "rbm.up(None, h, v)\n            start",
+     "rbm.up(None, h, 1 - v)\n            start"),
     ("cd", reference, "np.sum(signed, axis=0, out=dc)", "np.negative(np.sum(signed, axis=0), out=dc)"),
     ("pcd", reference, "signs[rows:] = -model_weight", "signs[rows:] = model_weight"),
     ("pcd", rbm, "moving = None if self.chains is None else self.chains[chains]",
@@ -311,7 +312,7 @@ def test_layers_that_learn_nothing_are_noticed():
 
 def check_types():
     for method, binarise in (("cd", "stochastic"), ("pcd", "threshold")):
-        chains = new_chains(8, 3, seed=1, layer=2) if method == "pcd" else None
+        chains = new_chains(8, RBM(1, 3), seed=1, layer=2) if method == "pcd" else None
         of, table = phase(settings=replace(SETTINGS, method=method, binarise=binarise), chains=chains), rows()
         of.begin_epoch(0)
         of.parameters = of.parameters.view(Watched)
@@ -338,7 +339,7 @@ def test_a_pretraining_update_computes_in_float32():
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (reference, "signed = np.multiply(h, signs[:, None], out=_scratch.get(\"signed\", h.shape))",
      "signed = h * signs[:, None].astype(np.float64)"),
-    (reference, "np.add(out, bias, out=out)", "np.add(out, bias * np.float64(1), out=out, casting='unsafe')"),
+    (reference, "np.add(x, bias, out=out)", "np.add(x, bias * np.float64(1), out=out, casting='unsafe')"),
     (rbm, "xp.logaddexp(np.float32(0), ", "xp.logaddexp(np.float64(0), "),
 ])
 def test_a_pretraining_update_in_float64_is_noticed(module, line, fault):

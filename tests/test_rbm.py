@@ -75,13 +75,13 @@ def test_energies_and_conditionals_are_those_of_enumeration():
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("return -(v @ self.b) - h @ self.c - (", "return -(v @ self.b) - h @ self.c + ("),
-    ("return -(v @ self.b) - h @ self.c - (", "return v @ self.b - h @ self.c - ("),
-    ("return -(v @ self.b) - xp.logaddexp", "return -(v @ self.b) + xp.logaddexp"),
+    ("h @ self.c + ((v @ self.W)", "h @ self.c - ((v @ self.W)"),
+    ("of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
+    ("of_hidden = xp.logaddexp", "of_hidden = -xp.logaddexp"),
     ("v @ self.W + self.c).sum(axis=1)", "v @ self.W - self.c).sum(axis=1)"),
-    ("half_step(None, mean, v, self.W, self.c)", "half_step(None, mean, v, -self.W, self.c)"),
-    ("half_step(None, mean, h, self.W, self.b, transpose=True)",
-     "half_step(None, mean, h, self.W, self.b[::-1], transpose=True)"),
+    ("self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
+    ("half_step(sample, mean, h, self.W, self.b, transpose=True",
+     "half_step(sample, mean, h, self.W, self.b[::-1], transpose=True"),
 ])
 def test_a_wrong_energy_or_conditional_is_noticed(line, fault):
     assert_notices(check_energy, rbm, line, fault)
@@ -120,7 +120,7 @@ def test_initial_weights_are_small_normals_and_biases_those_of_independent_units
     ("xp.asarray(W) * np.float32(sd)", "xp.asarray(W) * np.float32(sd * sd)"),
     ("xp.log(p / (1 - p))", "xp.log(p)"),
     ("xp.clip(xp.asarray(visible_means), 1e-3, 1 - 1e-3)", "xp.clip(xp.asarray(visible_means), 1e-2, 1 - 1e-2)"),
-    ("site=site(Purpose.INITIALISATION, layer))", "site=site(Purpose.INITIALISATION))"),
+    ("site=site(Purpose.INITIALISATION, layer)", "site=site(Purpose.INITIALISATION)"),
     ("self.c[...] = 0", "pass"),
 ])
 def test_wrong_initial_values_are_noticed(line, fault):
@@ -128,12 +128,12 @@ def test_wrong_initial_values_are_noticed(line, fault):
 
 
 def test_new_chains_are_fair_coins_at_their_own_address():
-    chains = new_chains(20_011, 5, seed=SEED, layer=2, row=3)
+    chains = new_chains(20_011, RBM(1, 5), seed=SEED, layer=2, row=3)
     assert distance(chains, np.full(32, 1 / 32)) < 2
-    assert np.array_equal(new_chains(11, 5, seed=SEED, layer=2, row=20), chains[17:28])
+    assert np.array_equal(new_chains(11, RBM(1, 5), seed=SEED, layer=2, row=20), chains[17:28])
     address = {"seed": SEED, "update": 0, "site": site(Purpose.CHAIN, 2, 0), "row": 3}  # half-step 0: no update uses it
     assert np.array_equal(chains, draws.uniforms(np.empty((20_011, 5), np.float32), **address) < 0.5)
-    assert not np.array_equal(new_chains(20_011, 5, seed=SEED, layer=1, row=3), chains)
+    assert not np.array_equal(new_chains(20_011, RBM(1, 5), seed=SEED, layer=1, row=3), chains)
 
 
 # Chains that start exact stay exact
@@ -171,12 +171,12 @@ def test_gibbs_sampling_leaves_the_exact_distribution_where_it_is(n, m):
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("half_step(v, None, h, self.W, self.b, transpose=True, **address)",
-     "half_step(v, None, h, self.W, self.b[::-1], transpose=True, **address)"),
-    ("half_step(v, None, h, self.W, self.b, transpose=True, **address)",
-     "half_step(v, None, h, self.W, self.b, **address)"),  # W instead of its transpose
-    ("half_step(h, None, v, self.W, self.c, **address)", "half_step(h, None, v, -self.W, self.c, **address)"),
-    ("half_step(h, None, v, self.W, self.c, **address)", "half_step(h, None, v, self.W, 0 * self.c, **address)"),
+    ("half_step(sample, mean, h, self.W, self.b, transpose=True",
+     "half_step(sample, mean, h, self.W, self.b[::-1], transpose=True"),
+    ("half_step(sample, mean, h, self.W, self.b, transpose=True",
+     "half_step(sample, mean, h, self.W, self.b, transpose=False"),  # W instead of its transpose
+    ("half_step(sample, mean, v, self.W, self.c,", "half_step(sample, mean, v, -self.W, self.c,"),
+    ("half_step(sample, mean, v, self.W, self.c,", "half_step(sample, mean, v, self.W, 0 * self.c,"),
     ("site=site(Purpose.SAMPLING, layer, 1)", "site=site(Purpose.SAMPLING, layer, 0)"),  # the same numbers again
     ("h = self.sample_hidden(v, seed=seed, update=step,", "h = self.sample_hidden(v, seed=seed, update=first,"),
 ])
@@ -229,14 +229,14 @@ def test_persistent_chains_stay_exact_while_parameters_stand_still(n, m, k):
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("half_step(chains, h if last else None, v, rbm.W, rbm.c",
-     "half_step(chains, h if last else None, v, -rbm.W, rbm.c"),
-    ("half_step(chains, h if last else None, v, rbm.W, rbm.c",
-     "half_step(chains, h if last else None, v, rbm.W, rbm.c[::-1]"),
-    ("self.twins.half_step(v, None, h, rbm.W, rbm.b, transpose=True, seed",
-     "self.twins.half_step(v, None, h, rbm.W, rbm.b, transpose=False, seed"),
-    ("self.twins.half_step(v, None, h, rbm.W, rbm.b, transpose=True, seed",
-     "self.twins.half_step(v, None, h, rbm.W, 0 * rbm.b, transpose=True, seed"),
+    ("rbm.up(chains, h if last else None, v,",
+     "rbm.up(chains, h if last else None, 1 - v,"),
+    ("half_step(sample, mean, v, self.W, self.c,",
+     "half_step(sample, mean, v, self.W, self.c[::-1],"),
+    ("twins.half_step(sample, mean, h, self.W, self.b, transpose=True",
+     "twins.half_step(sample, mean, h, self.W, self.b, transpose=False"),
+    ("twins.half_step(sample, mean, h, self.W, self.b, transpose=True",
+     "twins.half_step(sample, mean, h, self.W, 0 * self.b, transpose=True"),
     ("update, row, Purpose.CHAIN, 2 * step + 1)", "update, row, Purpose.CHAIN, 2 * step + 2)"),  # the same again
     ("if e.last_hidden == \"sample\":\n            h[...] = chains", "if False:\n            h[...] = chains"),
 ])
@@ -303,13 +303,13 @@ def test_the_statistics_have_the_gradient_of_the_likelihood_as_their_mean(case):
 @pytest.mark.parametrize(("case", "module", "line", "fault"), [
     ("exact chains", reference, "signs[rows:] = -model_weight", "signs[rows:] = -1"),
     ("exact chains", reference, "signs[rows:] = -model_weight", "signs[rows:] = model_weight"),
-    ("exact chains", rbm, "half_step(h[:rows], None, v[:rows], rbm.W, rbm.c, **address)",
-     "half_step(h[:rows], None, v[:rows], rbm.W, 0 * rbm.c, **address)"),
+    ("exact chains", rbm, "rbm.up(h[:rows], None, v[:rows], **address)",
+     "rbm.up(h[:rows], None, 0 * v[:rows], **address)"),
     ("long chains from the data", rbm, "for step in range(e.k):\n            self._visible(v, start,",
      "for step in range(1):\n            self._visible(v, start,"),
     ("long chains from the data", rbm, "            start = h\n", "            pass\n"),  # each step anew from the data
-    ("long chains from the data", rbm, "self.twins.half_step(None, h, v, rbm.W, rbm.c)\n            start",
-     "self.twins.half_step(None, h, v, rbm.W, rbm.b[:3])\n            start"),
+    ("long chains from the data", rbm, "rbm.up(None, h, v)\n            start",
+     "rbm.up(None, h, 1 - v)\n            start"),
 ])
 def test_statistics_that_are_not_the_gradient_are_noticed(case, module, line, fault):
     assert_notices(lambda: check_gradient(*CASES[case]), module, line, fault)
@@ -351,7 +351,7 @@ def by_hand(of, e, v0, *, layer, update, row, chains=None, chain_row=0):
 def check_estimator(e, rows=11, count=7):
     of = model(7, 5, seed=2, strength=0.6)
     v0 = np.random.default_rng(8).random((rows, 7), np.float32)
-    chains = new_chains(count, 5, seed=SEED, layer=3) if e.method == "pcd" else None
+    chains = new_chains(count, of, seed=SEED, layer=3) if e.method == "pcd" else None
     expected = by_hand(of, e, v0, layer=3, update=6, row=2**32 + 4, chains=chains, chain_row=2**32 + 9)
     contrast = Contrast(of, rows + 2, e, seed=SEED, layer=3, chains=chains)
     contrast.v[:rows] = v0
@@ -390,7 +390,7 @@ def test_every_option_of_the_estimator_has_its_value(method, k, data, last, reco
     (Estimator("pcd", 1), "h[rows:], update, chain_row)", "h[rows:], update, row)"),
     (Estimator("pcd", 1), "Purpose.CHAIN, self.layer, 2 * step + 2),\n                       \"row\": row}",
      "Purpose.CHAIN, self.layer, 2 * step + 2),\n                       \"row\": 0}"),
-    (Estimator("pcd", 2), "h if last else None, v, rbm.W", "None if last else h, v, rbm.W"),
+    (Estimator("pcd", 2), "h if last else None, v,", "None if last else h, v,"),
     (Estimator("pcd", 1, reconstruction="mean"), "if self.estimator.reconstruction == \"mean\":", "if False:"),
 ])
 def test_an_option_that_is_not_followed_is_noticed(e, line, fault):
@@ -406,7 +406,7 @@ def check_cuts(e, rows, cuts, chains=0, chain_cuts=None):
     v0 = np.random.default_rng(9).random((rows, 13), np.float32)
 
     def run(bounds, chain_bounds):
-        moving = new_chains(chains, 11, seed=SEED, layer=1) if chains else None
+        moving = new_chains(chains, of, seed=SEED, layer=1) if chains else None
         weight = rows / chains if chains else 1.0
         sums, seen = of.parameters.zeros_like(), {"data": [], "model": []}
         for (lo, hi), (first, last) in zip(pairwise(bounds), pairwise(chain_bounds or bounds), strict=True):

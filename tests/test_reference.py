@@ -86,12 +86,12 @@ def test_a_half_step_is_the_plain_formula_and_a_comparison_with_u(transpose, col
 
 @pytest.mark.parametrize(("line", "fault"), [
     ("W.T if transpose else W", "W"),
-    ("np.add(out, bias, out=out)", "np.subtract(out, bias, out=out)"),
-    ("np.add(out, bias, out=out)", "np.add(out, bias[::-1], out=out)"),
+    ("np.add(x, bias, out=out)", "np.subtract(x, bias, out=out)"),
+    ("np.add(x, bias, out=out)", "np.add(x, bias[::-1], out=out)"),
     ("np.less(u, mean, out=sample", "np.greater(u, mean, out=sample"),
     ("bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,",
      "bernoulli(sample, out, seed=seed, update=update, site=site, row=row,"),
-    ("out = sample if mean is None else mean", "out = mean"),
+    ("out = sample if mean is None else mean\n    np.matmul", "out = mean\n    np.matmul"),
 ])
 def test_a_wrong_half_step_is_noticed(line, fault):
     assert_notices(lambda: check_half_step(True, 3, 13), reference, line, fault)

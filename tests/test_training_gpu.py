@@ -72,7 +72,9 @@ def test_the_sums_of_one_update_differ_by_rounding(options):
             rbm.initialise(sd=0.3, seed=3, layer=layer)
         there, found = rows.to(xp), []
         for update in range(5):
-            chains = xp.asarray(new_chains(20, 300, seed=3, layer=1, row=20 * update)) if "k" in options else None
+            chains = None
+            if "k" in options:
+                chains = xp.asarray(new_chains(20, net.layers[1], seed=3, layer=1, row=20 * update))
             phase = LayerPhase(net, 1, settings, rows=20, chains=chains)
             sums = xp.empty_like(phase.parameters)
             phase.sums(sums, there, Piece(np.arange(20) + 20 * update, update, 0, slice(0, 20), 0, 1.0))

@@ -16,11 +16,13 @@ from tests.cuda.checks import (
     ON_GPU,
     ONE_SCHEDULE,
     SMALL_TILES,
+    SURE,
     Arrays,
     host_uniforms,
     sees_fault,
 )
 from tests.cuda_on_cpu import runtime
+from tests.helpers import assert_close
 
 VECTORS = [  # of Random123 (kat_vectors): counter, key, output
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -59,6 +61,25 @@ def check_bernoulli(launcher, B, m, address, column, columns, in_place=False):
     assert np.array_equal(arrays.get(sample), u < p)
     assert in_place or np.array_equal(arrays.get(mean), p)
     arrays.passed("bernoulli")
+
+
+def check_activate(launcher, B, m, column=0, columns=None, *, sample=True, mean=True, in_place=None, offset=0):
+    """Means to the rounding of a float32 sum and sigmoid, samples where they are sure, against float64."""
+    rng, arrays = np.random.default_rng([B, m]), Arrays(launcher, offset)
+    x, bias = rng.normal(0, 2, (B, m)).astype(np.float32), rng.normal(0, 1, m).astype(np.float32)
+    on_device = arrays.put(x)
+    s = (on_device if in_place == "sample" else arrays.empty(B, m)) if sample else None
+    p = (on_device if in_place == "mean" else arrays.empty(B, m)) if mean else None
+    launcher.activate(s, p, on_device, arrays.put(bias), **FAR, column=column, columns=columns)
+    exact = 1 / (1 + np.exp(-(x.astype(np.float64) + bias)))
+    if mean:
+        assert_close(arrays.get(p), exact, atol=1.5e-7 + 4 * EPS)
+    if sample:
+        u = host_uniforms(B, m, FAR, column, columns)
+        got = arrays.get(s)
+        assert np.isin(got, (0, 1)).all()
+        assert (got == (u < exact))[np.abs(u - exact) > SURE].all()
+    arrays.passed("activate")
 
 
 def test_philox_gives_the_published_words():
@@ -111,6 +132,28 @@ def test_bernoulli(launcher, column, columns, in_place):
 
 @ONE_SCHEDULE
 @SMALL_TILES
+@pytest.mark.parametrize(("column", "columns"), COLUMNS)
+def test_activate(launcher, column, columns):
+    for B, m in [(1, 1), (37, 131), (70, 92)]:
+        check_activate(launcher, B, m, column, columns)
+    check_activate(launcher, 17, 37, column, columns, sample=False, in_place="mean")
+    check_activate(launcher, 17, 37, column, columns, mean=False, in_place="sample")
+    check_activate(launcher, 17, 36, column, columns, offset=1)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+def test_activate_is_what_half_step_does_with_its_product(launcher):
+    arrays, rng = Arrays(launcher), np.random.default_rng(0)
+    x, bias = arrays.put(rng.normal(size=(9, 31))), arrays.put(rng.normal(size=31))
+    both = [(arrays.empty(9, 31), arrays.empty(9, 31)) for _ in range(2)]
+    launcher.half_step(*both[0], x, arrays.put(np.eye(31)), bias, **NEAR)
+    launcher.activate(*both[1], x, bias, **NEAR)
+    assert all(np.array_equal(arrays.get(one), arrays.get(other)) for one, other in zip(*both, strict=True))
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
 def test_a_clock_is_added_to_the_update(launcher):
     arrays, address = Arrays(launcher), {**NEAR, "update": 2**31}
     mean, now = arrays.put(np.full((5, 7), 0.5)), arrays.number(2**31 - 3)
@@ -125,4 +168,8 @@ def test_a_clock_is_added_to_the_update(launcher):
 
 
 def test_planted_fault_is_seen():
-    assert sees_fault("u.x < p.x", "u.x <= p.x", lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None))
+    assert sees_fault("p = load_quad(mean", "p = load_quad(mean + 1",
+                      lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None))
+    assert sees_fault("c = load_quad(bias, first", "c = load_quad(bias, first + 1",
+                      lambda launcher: check_activate(launcher, 37, 131))
+    assert sees_fault("load_quad(x + r * m", "load_quad(x + q * m", lambda launcher: check_activate(launcher, 37, 131))

@@ -1,0 +1,70 @@
+"""One replica in several parts: the hidden units of each layer are cut among shards, and two seams join them.
+
+    shard s holds   W[:, mine], c[mine]   of every layer, and all of b
+    upward          h[:, mine] = f(v W[:, mine] + c[mine])                   nothing crosses
+    gather          hidden values of all shards become the next layer's visible units
+    downward        v = f(sum over shards of h[:, mine] W[:, mine]^T + b)    the sum crosses
+    draws           depend on nothing but their address, so after a sum every shard draws the same
+
+Sums cross for the visible input, logits, free energies and the errors of back-propagation;
+gradients of a shard's own parameters need nothing from others. Dean et al. (2012), section 3.
+"""
+
+from __future__ import annotations
+
+from gpudbn.arrays import Array
+from gpudbn.errors import UserError
+
+EDGE = 16  # shards are cut at multiples of so many units: whole Philox blocks, and aligned rows
+
+
+class Shards:
+    """The seams of a replica that is whole: nothing crosses, and both seams are the identity.
+
+    Attributes
+    ----------
+    index, count : int
+        Which shard this is, of how many.
+    """
+
+    index = 0
+    count = 1
+
+    def mine(self, m: int) -> slice:
+        """Which of a layer's ``m`` hidden units this shard holds.
+
+        Raises
+        ------
+        UserError
+            If there are fewer pieces of 16 units than shards.
+        """
+        pieces = -(-m // EDGE)
+        if pieces < self.count:
+            raise UserError(f"shards: a layer must have at least {EDGE * (self.count - 1) + 1} hidden units for "
+                            f"{self.count} shards; got {m}. Take fewer shards or larger layers")
+        low, high = (EDGE * (pieces * i // self.count) for i in (self.index, self.index + 1))
+        return slice(low, min(high, m))
+
+    def sum_(self, array: Array) -> None:
+        """array <- its sum over all shards: the same array on each. C-contiguous, of one shape everywhere."""
+
+    def gather(self, part: Array, out: Array | None = None) -> Array:
+        """All shards' columns side by side: arrays (..., own) -> (..., m), the same on each shard.
+
+        Parameters
+        ----------
+        part : array (..., own)
+            This shard's columns.
+        out : array (..., m), optional
+            Where to put them, if they have to be put together; not used by a shard that has all.
+
+        Returns
+        -------
+        array (..., m)
+            ``part`` itself if there is one shard.
+        """
+        _ = out
+        return part
+
+
+WHOLE = Shards()

@@ -1,0 +1,321 @@
+"""A replica in parts equals the whole: sums to rounding, samples and draws exactly, whatever the number of shards.
+
+The shards are threads of this process that meet at a barrier for every sum and gather.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from gpudbn import DBN, finetune, pretrain, rbm
+from gpudbn.data import DataSet, Rows
+from gpudbn.errors import UserError
+from gpudbn.finetune import FinetunePhase
+from gpudbn.loop import Training
+from gpudbn.mpi.alone import Alone
+from gpudbn.pretrain import LayerPhase, Piece
+from gpudbn.rbm import new_chains
+from gpudbn.settings import Settings
+from gpudbn.shards import WHOLE, Shards
+
+from .helpers import assert_close, planted
+
+SIZES = [23, 50, 61, 37]  # 4, 4 and 3 pieces of 16 hidden units, the last of 2, 13 and 5
+SEED = 2**33 + 1
+COUNTS = pytest.mark.parametrize("count", [2, 3])
+SETTINGS = Settings(layers=(50, 61, 37), seed=SEED, batch=13, finetune_batch=13, dropout=0.3, input_dropout=0.2,
+                    learning_rate=(0.1,), finetune_learning_rate=0.01)
+
+
+class Threads(Shards):
+    """One of several shards in one process."""
+
+    class Meeting:
+        def __init__(self, count):
+            self.barrier, self.brought = threading.Barrier(count, timeout=60), [None] * count
+
+    def __init__(self, index, count, meeting):
+        self.index, self.count, self.meeting, self.crossed = index, count, meeting, 0
+
+    def _all(self, array):
+        """What each shard brought, copied: they may go on and change theirs."""
+        assert array.flags.c_contiguous
+        self.crossed += 1
+        self.meeting.brought[self.index] = array.copy()
+        self.meeting.barrier.wait()
+        found = list(self.meeting.brought)
+        self.meeting.barrier.wait()
+        return found
+
+    def sum_(self, array):
+        found = self._all(array)
+        assert all(other.shape == array.shape for other in found)
+        array[...] = sum(found[1:], found[0])
+
+    def gather(self, part, out=None):
+        whole = np.concatenate(self._all(part), axis=-1)
+        if out is None:
+            return whole
+        out[...] = whole
+        return out
+
+
+def on_shards(count, work):
+    """What ``work(shards)`` returns on each of ``count`` shards."""
+    meeting = Threads.Meeting(count)
+
+    def one(index):
+        try:
+            return work(Threads(index, count, meeting))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(one, index) for index in range(count)]
+        errors = [future.exception() for future in futures]
+        causes = [e for e in errors if e is not None and not isinstance(e, threading.BrokenBarrierError)]
+        if any(errors):
+            raise (causes or [e for e in errors if e])[0]
+        return [future.result() for future in futures]
+
+
+def stack(shards=WHOLE, classes=3):
+    """A DBN of strong asymmetric weights; its shards hold the parts of the whole one."""
+    made, rng = DBN(SIZES, shards=shards), np.random.default_rng(5)
+    whole = {f"layers.{i}.{name}": 0.4 * rng.standard_normal(shape) + 0.02
+             for i, (n, m) in enumerate(pairwise(SIZES))
+             for name, shape in (("W", (n, m)), ("b", n), ("c", m))}
+    sizes = [*SIZES, classes]
+    whole |= {f"classifier.W{i}": 0.4 * rng.standard_normal(pair)
+              for i, pair in enumerate(pairwise(sizes))}
+    whole |= {f"classifier.c{i}": 0.4 * rng.standard_normal(m) for i, m in enumerate(sizes[1:])}
+    made.set_arrays({name: np.asarray(array, np.float32) for name, array in whole.items()})
+    return made
+
+
+def table(count=13):
+    rng = np.random.default_rng(9)
+    return Rows(rng.random((count, SIZES[0]), np.float32), labels=rng.integers(0, 3, count).astype(np.int32))
+
+
+def data():
+    rng = np.random.default_rng(10)
+    parts = [Rows(rng.random((rows, SIZES[0]), np.float32), labels=rng.integers(0, 3, rows).astype(np.int32))
+             for rows in (39, 11, 11)]
+    return DataSet("made up", *parts, image_shape=None, classes=3)
+
+
+# ------------------------------------------------------------------------------------------------- the cut
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 37, 500, 2000])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_share_out_the_units_at_multiples_of_16(m, count):
+    class One(Shards):
+        def __init__(self, index):
+            self.index, self.count = index, count
+
+    if -(-m // 16) < count:
+        with pytest.raises(UserError, match=rf"shards: a layer must have at least {16 * (count - 1) + 1} hidden units "
+                                            rf"for {count} shards; got {m}. Take fewer"):
+            One(0).mine(m)
+        return
+    parts = [One(index).mine(m) for index in range(count)]
+    assert np.concatenate([np.arange(m)[part] for part in parts]).tolist() == list(range(m))
+    assert all(part.start % 16 == 0 and part.stop > part.start for part in parts)
+    sizes = [-(-(part.stop - part.start) // 16) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_shard_is_the_whole_and_nothing_crosses():
+    array = np.arange(6.0).reshape(2, 3)
+    assert WHOLE.gather(array) is array
+    WHOLE.sum_(array)
+    assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert WHOLE.mine(37) == slice(0, 37)
+
+
+# --------------------------------------------------------------------------------------- one layer and the stack
+
+
+def what_a_stack_says(dbn):
+    """Everything that can be asked of a model, by name."""
+    v = np.random.default_rng(1).random((11, SIZES[0]), np.float32)
+    first = dbn.layers[0]
+    h = first.sample_hidden(v, seed=SEED, update=3, site=77, row=5)
+    down = first.sample_visible(h, seed=SEED, update=3, site=78, row=5)
+    return {"hidden": dbn.shards.gather(first.hidden_given_visible(v)), "sampled": dbn.shards.gather(h),
+            "visible": first.visible_given_hidden(h), "sampled below": down, "energy": first.energy(v, h),
+            "free energy": first.free_energy(v), "reconstruction": first.reconstruct(v),
+            "transformed": dbn.transform(v), "to the second layer": dbn.transform(v, 2),
+            "reconstructed": dbn.reconstruct(v), "probabilities": dbn.predict_probabilities(v),
+            "samples": dbn.sample(5, steps=4, seed=3), "samples from data": dbn.sample(11, steps=3, seed=4, start=v),
+            "parameters": np.array([dbn.count()])}
+
+
+def check_stack(count):
+    whole = what_a_stack_says(stack())
+    for said in on_shards(count, lambda shards: what_a_stack_says(stack(shards))):
+        for name, expected in whole.items():
+            assert_close(said[name], expected, rtol=1e-5, atol=1e-5 if "energy" in name else 2e-6)
+            if name.startswith("sampled"):
+                assert np.array_equal(said[name], expected), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_stack_in_parts_says_what_the_whole_one_says(count):
+    check_stack(count)
+
+
+@COUNTS
+def test_a_model_does_not_depend_on_the_number_of_shards(count):
+    whole = stack().arrays()
+    for found in on_shards(count, lambda shards: stack(shards).arrays()):
+        assert list(found) == list(whole)
+        assert all(np.array_equal(found[name], array) for name, array in whole.items())
+
+
+@COUNTS
+def test_each_shard_holds_its_part_and_no_more(count):
+    whole = stack()
+    held = on_shards(count, lambda shards: [layer.parameters.size for layer in stack(shards).layers])
+    for i, layer in enumerate(whole.layers):
+        shared = (count - 1) * layer.n  # visible biases are on every shard
+        assert sum(sizes[i] for sizes in held) == layer.parameters.size + shared
+
+
+@COUNTS
+def test_initial_weights_are_those_of_the_whole_layer(count):
+    def initial(shards):
+        dbn = DBN(SIZES, shards=shards)
+        dbn.layers[1].initialise(sd=0.1, seed=SEED, layer=1, visible_means=np.linspace(0, 1, 50, dtype=np.float32))
+        return dbn.arrays()
+
+    whole = initial(WHOLE)
+    for found in on_shards(count, initial):
+        assert all(np.array_equal(found[name], array) for name, array in whole.items())
+
+
+# ------------------------------------------------------------------------------------------------- one update
+
+
+def a_layer_update(shards, method, k, up="sample", layer=2):
+    """Parameters after one update of the third layer, and what was drawn."""
+    dbn = stack(shards)
+    s = replace(SETTINGS, method=method, k=k, up=up, decay=0.1)
+    chains = new_chains(13, dbn.layers[layer], seed=SEED, layer=layer) if method == "pcd" else None
+    phase = LayerPhase(dbn, layer, s, rows=13, chains=chains)
+    phase.begin_epoch(0)
+    phase.update(table(), Piece(np.arange(13), 7, 3, slice(0, 13), 3, 1.0))
+    drawn = {"v": phase.contrast.v.copy(), "h": dbn.shards.gather(phase.contrast.h)}
+    return dbn.arrays(), drawn, phase.measure(table(), np.arange(13))
+
+
+def check_layer_update(count, method, k, up="sample", layer=2):
+    arrays, drawn, measured = a_layer_update(WHOLE, method, k, up, layer)
+    before = stack().arrays()
+    for found, seen, means in on_shards(count, lambda shards: a_layer_update(shards, method, k, up, layer)):
+        for name in drawn:  # samples are the same; the last hidden units, and inputs that are means, to rounding
+            assert_close(seen[name], drawn[name], atol=2e-6)
+        for name, array in arrays.items():
+            step = max(np.abs(array - before[name]).max(), 1e-3)
+            assert_close(found[name], array, atol=1e-5 * step)
+        assert_close(np.array(means), np.array(measured), rtol=1e-5)
+
+
+@COUNTS
+@pytest.mark.parametrize(("method", "k"), [("cd", 1), ("cd", 3), ("pcd", 5)])
+def test_one_pretraining_update_is_that_of_the_whole_layer(count, method, k):
+    check_layer_update(count, method, k)
+
+
+@COUNTS
+def test_one_pretraining_update_on_means_and_of_the_first_layer(count):
+    check_layer_update(count, "cd", 1, up="mean")
+    check_layer_update(count, "cd", 1, layer=0)
+
+
+def a_finetuning_update(shards):
+    dbn = stack(shards)
+    phase = FinetunePhase(dbn, 3, SETTINGS, rows=13)
+    phase.begin_epoch(0)
+    sums = np.empty_like(phase.parameters)
+    phase.sums(sums, table(), Piece(np.arange(13), 7, 3, slice(0), 0, 1.0))
+    dbn.classifier.flat[...] = sums  # so that ``arrays`` puts it together
+    gradient = {name: array for name, array in dbn.arrays().items() if name.startswith("classifier")}
+    return gradient, FinetunePhase(stack(shards), 3, SETTINGS, rows=13).measure(table(), np.arange(13))
+
+
+def check_finetuning_update(count):
+    whole, measured = a_finetuning_update(WHOLE)
+    for found, means in on_shards(count, a_finetuning_update):
+        for name, array in whole.items():
+            assert_close(found[name], array, atol=1e-5 * np.abs(array).max())
+        assert_close(np.array(means), np.array(measured), rtol=1e-5)
+
+
+@COUNTS
+def test_one_finetuning_gradient_is_that_of_the_whole_network(count):
+    check_finetuning_update(count)
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def a_run(shards):
+    s = replace(SETTINGS, epochs=(1,), finetune_epochs=2, initial_weights=0.3, learning_rate=(0.01,), up="mean")
+    training = Training(DBN(SIZES, shards=shards), data(), s, Alone())
+    return list(training.run()), training.dbn.arrays()
+
+
+@COUNTS
+def test_a_short_run_ends_where_the_whole_one_ends(count):
+    """So short that no sample that flips by rounding has been met: then all is equal to rounding."""
+    records, arrays = a_run(WHOLE)
+    for found, trained in on_shards(count, a_run):
+        for record, other in zip(found, records, strict=True):
+            assert record.keys() == other.keys()
+            for key in set(other) - {"seconds", "phase"}:
+                assert_close(record[key], other[key], rtol=1e-4, atol=1e-6)
+        for name, array in arrays.items():
+            assert_close(trained[name], array, atol=2e-4)
+
+
+def test_gradients_need_nothing_from_others():
+    """Up to the last half-step nothing crosses, and after it nothing but what was counted here."""
+    def crossings(shards):
+        dbn = stack(shards)
+        phase = LayerPhase(dbn, 2, replace(SETTINGS, k=3), rows=13, chains=None)
+        phase.begin_epoch(0)
+        phase.update(table(), Piece(np.arange(13), 7, 3, slice(0), 0, 1.0))
+        return shards.crossed
+
+    assert on_shards(2, crossings) == [2 + 3, 2 + 3]  # two gathers on the way up, a sum in each of k steps down
+
+
+# ------------------------------------------------------------------------------------------------ planted faults
+
+
+@pytest.mark.parametrize(("module", "line", "fault", "check"), [
+    (rbm, "self.shards.sum_(out)", "pass", check_stack),
+    (rbm, '"columns": m}', '"columns": m + 16 * shards.count}', check_stack),
+    (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
+    (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
+     "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)", check_stack),
+    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y * 0",
+     lambda count: check_layer_update(count, "cd", 1)),
+    (finetune, "self.shards.sum_(logits)", "pass", check_finetuning_update),
+    (finetune, "self.shards.sum_(wholes[i - 1])", "pass", check_finetuning_update),
+    (finetune, "[:, self.dbn.layers[i - 1].mine]", "[:, : below.shape[1]]", check_finetuning_update),
+    (finetune, "**(self.dbn.layers[level - 1].columns if level else {})", "", check_finetuning_update),
+])
+def test_a_seam_left_open_is_noticed(module, line, fault, check):
+    with planted(module, line, fault), pytest.raises(AssertionError):
+        check(2)
