@@ -22,7 +22,8 @@ import numpy as np
 from gpudbn.draws import uniforms
 
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
-           "cd_update", "gather", "half_step", "momentum_step", "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
+           "cd_update", "cd_update_wgmma", "gather", "half_step", "half_step_wgmma", "momentum_step",
+           "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
 
 # Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
 PIECE = 1 << 15
@@ -423,3 +424,76 @@ def note_not_finite(flag, x, *, phase, update, clock=None):
         finite = np.isfinite(x @ x) or np.isfinite(x).all()
     if not finite:
         flag[0] = min(int(flag[0]), phase << 32 | (update + (0 if clock is None else int(clock[0]))))
+
+
+# ------------------------------------------------------------------------------------------ large layers, in bf16
+
+
+def round_to_bf16(x):
+    """The upper halves of float32, rounded to nearest, ties to even: bf16, kept as uint16. NaN stays NaN.
+
+    Of any array module.
+    """
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    rounded[x != x] = 0x7FFF
+    return rounded
+
+
+def from_bf16(bits):
+    """The values of bf16, float32: they are all exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def half_step_wgmma(sample, mean, x, W, bias, *, W_low=None, transpose=False, seed=0, update=0, site=0, row=0, column=0,
+                    columns=None, clock=None):
+    """``half_step`` of units and weights in bf16, for large layers: sums stay in float32.
+
+    Parameters
+    ----------
+    sample, mean : array (B, m), uint16 (bf16) or float32, or None
+        As in ``half_step``. On a GPU the rows of all matrices begin at multiples of 16 bytes, and what pads them
+        is overwritten.
+    x : array (B, n), uint16 (bf16)
+    W, W_low : array (n, m), uint16 (bf16); or (m, n) with ``transpose``
+        Weights; with ``W_low`` they are W + W_low, twice as long and 256 times as near to float32.
+    bias : array (m,), float32
+    transpose, seed, update, site, row, column, columns, clock
+        As in ``half_step``. On a GPU ``column`` is a multiple of 4.
+    """
+    weights = from_bf16(W) if W_low is None else from_bf16(W) + from_bf16(W_low)
+    shape = len(x), weights.shape[0 if transpose else 1]
+    p = _scratch.get("mean", shape)
+    s = None if sample is None else _scratch.get("sample", shape)
+    half_step(s, p, from_bf16(x), weights, bias, transpose=transpose, seed=seed, update=update, site=site, row=row,
+              column=column, columns=columns, clock=clock)
+    for out, values in ((mean, p), (sample, s)):
+        if out is not None:
+            out[:] = round_to_bf16(values) if out.dtype == np.uint16 else values
+
+
+def cd_update_wgmma(parameters, velocity, W, v0, h0, vk, hk, *, W_low=None, model_weight=1.0, rate, momentum, decay,
+                    rates=None):
+    """``cd_update`` of units in bf16, for large layers; and the weights in bf16 for the half-steps that follow.
+
+    Parameters
+    ----------
+    parameters, velocity : arrays (n m + n + m,), float32
+        As in ``cd_update``: steps are taken in float32.
+    W, W_low : array (n, m), uint16 (bf16)
+        Overwritten with the weights rounded to bf16 and, unless None, with what rounding took from them.
+    v0, h0 : arrays (rows, n), (rows, m), uint16 (bf16)
+        Data phase.
+    vk, hk : arrays (C, n), (C, m), uint16 (bf16)
+        Model phase.
+    model_weight, rate, momentum, decay, rates
+        As in ``cd_update``.
+    """
+    n, m = W.shape
+    v, h = (from_bf16(np.concatenate(both)) for both in ((v0, vk), (h0, hk)))
+    cd_update(parameters, velocity, _scratch.get("gradient", parameters.shape), n, m, v, h, len(v0),
+              model_weight=model_weight, rate=rate, momentum=momentum, decay=decay, rates=rates)
+    weights = parameters[: n * m].reshape(n, m)
+    W[:] = round_to_bf16(weights)
+    if W_low is not None:
+        W_low[:] = round_to_bf16(weights - from_bf16(W))

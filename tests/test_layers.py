@@ -20,7 +20,7 @@ FLOORS = """
     arrays settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
-    cuda/draws cuda/elementwise cuda/layers cuda/turns data/checks
+    cuda/draws cuda/elementwise cuda/layers cuda/turns cuda/wgmma data/checks
     cuda/__init__ data/files
     data/idx data/mnist
     data/__init__

@@ -7,6 +7,7 @@
     door.py        reads ``kernels/``, compiles, checks, launches: the only way in
     draws.py       uniforms and samples
     layers.py      half-step and gradient of one layer
+    wgmma.py       the same of a large layer, in bf16 on Hopper's tensor cores
     elementwise.py passes over flat arrays
     turns.py       rows in the order of an epoch, counters, numbers that are not finite
 
@@ -18,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from gpudbn.cuda import draws, elementwise, layers, turns
+from gpudbn.cuda import draws, elementwise, layers, turns, wgmma
 from gpudbn.cuda.door import Unit
 
-UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **turns.UNITS}
+UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **turns.UNITS, **wgmma.UNITS}
 KERNELS = list(dict.fromkeys(kernel for unit in UNITS.values() for kernel in unit.kernels))
 
 
-class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, turns.Turns):
+class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, turns.Turns, wgmma.Wgmma):
     """Every kernel. Parameters as of ``door.Door``."""
 
     units = UNITS

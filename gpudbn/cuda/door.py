@@ -26,9 +26,9 @@ LARGEST = 2**31 - 1024  # sizes are int32 in the kernels, and a tile may hang ov
 MOST_IN_Y = 65535  # blocks of a grid in y
 STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without being asked
 
-# The parameters of a kernel, in order: POINTER for an array or None, else the exact type of a scalar.
+# The parameters of a kernel, in order: POINTER for an array or None, else the exact type of a value.
 POINTER = None
-Kinds = tuple[type[np.generic] | None, ...]
+Kinds = tuple[Callable[[Any], Any] | None, ...]
 ADDRESS: Kinds = (np.uint64, np.uint32, np.uint32, np.uint64, np.uint64, np.uint64, POINTER)  # see ``Door._address``
 RATES: Kinds = (np.float32, np.float32, np.float32, POINTER)  # of a step: three numbers, or null and where they stand
 
@@ -177,20 +177,29 @@ class Door:
 
     # ------------------------------------------------------------------------------------------------- checking
 
-    def _check(self, function: str, name: str, array: Array, *shape: int | str,
-               dtype: np.dtype = _FLOAT32) -> tuple[int, ...]:
-        """The shape of an array that a kernel will not misread. A size given by name is free, up to an int32."""
-        if (issubclass(type(array), self.array_type) and array.dtype == dtype and array.flags.c_contiguous
-                and self.device_of(array) == self.current_device() and len(array.shape) == len(shape)):
+    def _check(self, function: str, name: str, array: Array, *shape: int | str, dtype: np.dtype = _FLOAT32,
+               rows_at: int = 0) -> tuple[int, ...]:
+        """The shape of an array that a kernel will not misread. A size given by name is free, up to an int32.
+
+        It must be contiguous; or, with ``rows_at``, a matrix whose rows are, and begin at multiples of so many bytes.
+        """
+        if (issubclass(type(array), self.array_type) and array.dtype == dtype
+                and self.device_of(array) == self.current_device() and len(array.shape) == len(shape)
+                and (self._has_rows_at(array, rows_at) if rows_at else array.flags.c_contiguous)):
             for have, want in zip(array.shape, shape, strict=True):
                 if have != want and (not isinstance(want, str) or have > LARGEST):
                     break
             else:
                 return array.shape
-        raise self._refusal(function, name, array, shape, dtype)
+        raise self._refusal(function, name, array, shape, dtype, rows_at)
 
-    def _refusal(self, function: str, name: str, array: Array, shape: tuple[int | str, ...],
-                 dtype: np.dtype) -> Exception:
+    def _has_rows_at(self, array: Array, multiple: int) -> bool:
+        pitch, itemsize = array.strides
+        return array.size == 0 or (itemsize == array.itemsize and pitch >= array.shape[1] * itemsize
+                                   and pitch % multiple == 0 and self.address_of(array) % multiple == 0)
+
+    def _refusal(self, function: str, name: str, array: Array, shape: tuple[int | str, ...], dtype: np.dtype,
+                 rows_at: int) -> Exception:
         """Why ``_check`` refuses."""
         if not issubclass(type(array), self.array_type):
             return TypeError(f"{function}: {name} must be a {_kind(self.array_type)}; got {_kind(type(array))}")
@@ -201,20 +210,23 @@ class Door:
         wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         if max(array.shape, default=0) > LARGEST:
             wanted += f", each size at most {LARGEST}"
-        layout, hint = "", ""
-        if not array.flags.c_contiguous:
+        contiguous, layout, hint = "C-contiguous ", "", ""
+        if rows_at:
+            contiguous, wanted = "", f"{wanted}, with rows that begin at multiples of {rows_at} bytes"
+            layout, hint = f"strides {array.strides} in ", ". See gpudbn.cuda.wgmma.padded"
+        elif not array.flags.c_contiguous:
             layout, hint = "a view of ", ". Strides are not followed: make a copy"
         return (ValueError if array.dtype == dtype else TypeError)(
-            f"{function}: {name} must be C-contiguous {dtype} of shape {wanted}; "
+            f"{function}: {name} must be {contiguous}{dtype} of shape {wanted}; "
             f"got {layout}{array.dtype} {array.shape}{hint}")
 
     def _check_apart(self, function: str, written: Mapping[str, Array], read: Mapping[str, Array]) -> None:
         """Refuse outputs that overlap inputs: blocks run in no order, so an input might be overwritten before use."""
-        inputs = [(name, start := self.address_of(array), start + array.nbytes) for name, array in read.items()]
+        inputs = [(name, start := self.address_of(array), start + _bytes(array)) for name, array in read.items()]
         for name, array in written.items():
             if array is not None:
                 start = self.address_of(array)
-                end = start + array.nbytes
+                end = start + _bytes(array)
                 for other, other_start, other_end in inputs:
                     if start < other_end and other_start < end:
                         raise ValueError(f"{function}: {name} must not share memory with {other}")
@@ -245,6 +257,11 @@ class Door:
         if rates is not None:
             self._check(function, "rates", rates, 3)
         return rates
+
+
+def _bytes(array: Array) -> int:
+    """From its first entry on, with the padding of its rows."""
+    return array.nbytes if array.flags.c_contiguous else array.shape[0] * array.strides[0]
 
 
 def _kind(array_type: type) -> str:

@@ -75,7 +75,7 @@ def host_uniforms(B, m, address, column, columns):
     return draws.uniforms(np.empty((B, m), np.float32), **address, column=column, columns=columns)
 
 
-def sees_fault(text, becomes, check, tiles="small"):
+def sees_fault(text, becomes, check, tiles="small", **of_launcher):
     """Whether ``check(launcher)`` fails, under some schedule on the CPU, where the kernels have this fault planted.
 
     ``text`` must occur once in the kernels that the check compiles.
@@ -86,7 +86,7 @@ def sees_fault(text, becomes, check, tiles="small"):
         found.append(code.count(text))
         return code.replace(text, becomes)
 
-    launcher = runtime.launcher(PROCESSORS[tiles], change)
+    launcher = runtime.launcher(PROCESSORS[tiles], change, **of_launcher)
 
     def fails(schedule):
         with runtime.scheduled(schedule):

@@ -47,6 +47,7 @@ def compiled(source, architecture, extra=()):
                "--device-as-default-execution-space", *extra)
     log = io.StringIO()
     compiler._NVRTCProgram(source, "kernels.cu", method="cubin").compile(options, log)
+    assert "Potential Performance Loss" not in log.getvalue(), log.getvalue()  # products one by one instead of in a row
     report = {}
     for part in log.getvalue().split("Compiling entry function ")[1:]:
         shared = re.search(r"(\d+) bytes smem", part)

@@ -7,7 +7,7 @@
 //     CUDA thread    a fiber: own stack, own registers, switched by hand and only inside barriers and warp operations
 //
 // Barriers, shuffles, votes, atomics, grid barriers and dynamic shared memory do what they do on a GPU; so do the tensor
-// cores' instructions and asynchronous copies of mma.cuh, by their stand-ins in mma.h. Between two
+// cores' instructions and asynchronous copies of mma.cuh and wgmma.cuh, by their stand-ins in mma.h and wgmma.h. Between two
 // barriers the order of the threads is the launch's schedule: forward, reverse or random. A kernel whose result depends on
 // it lacks a barrier. Reported as errors: deadlock, __syncthreads reached at two places at once, lanes that disagree on a
 // mask, a grid barrier in an ordinary launch or after some blocks have ended.
@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -50,6 +51,7 @@
 #define __shared__ thread_local  // in a function thread_local implies static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct uint3 { unsigned x, y, z; };
@@ -114,7 +116,7 @@ struct Place {  // of a call in the source, for messages and to tell barriers ap
 };
 #define CUDA_ON_CPU_HERE cuda_on_cpu::Place{__FILE__, __LINE__}
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_phase, done };
 enum class Schedule { forward, reverse, random };
 
 struct Copy {  // a cp.async on its way
@@ -124,6 +126,15 @@ struct Copy {  // a cp.async on its way
     unsigned group;
 };
 
+struct Multiplication {  // a wgmma on its way
+    float* sums;
+    int columns;
+    uint64_t a, b;
+    bool a_lines, b_lines;
+    unsigned group;
+    Place place;
+};
+
 struct Fiber {
     Context context;
     uint3 index;
@@ -131,6 +142,10 @@ struct Fiber {
     Place place;  // of the barrier it waits at
     std::vector<Copy> copies;
     unsigned groups;  // of copies, that were committed
+    std::vector<Multiplication> multiplications;
+    unsigned multiplication_groups;  // that were committed
+    bool fenced;                     // multiplications may begin
+    const void* awaited;             // the barrier whose phase it waits for
 };
 
 constexpr std::size_t STACK_BYTES = (64 << 10) + 320;  // the odd end keeps stack tops out of one another's cache sets
@@ -170,6 +185,7 @@ struct Block {  // one for each OS thread, set up anew for each block it runs
     uint32_t random;  // state of the random schedule
     unsigned current, alive, arrived, votes, last_votes;
     Place barrier;  // the one that threads wait at, if arrived > 0
+    std::vector<std::function<void()>> background;  // what the chip will do without a thread
 
     unsigned lane() const { return current % 32; }
     Warp& warp() { return warps[current / 32]; }
@@ -210,18 +226,40 @@ inline thread_local Block* block = nullptr;
     fail("deadlock: %u threads wait for others that will not come; %s", block->alive, waiting.c_str());
 }
 
+inline unsigned next_random() { return (block->random = block->random * 1664525u + 1013904223u) / 256; }
+
+// Work that no thread does: done at once, or when no thread can go on without it.
+inline void in_background(std::function<void()> work)
+{
+    Schedule schedule = block->launch->schedule;
+    if (schedule == Schedule::forward || (schedule == Schedule::random && next_random() % 2)) work();
+    else block->background.push_back(std::move(work));
+}
+
 // The next fiber to run under the schedule, or none (-1).
-inline int next_ready()
+inline int next_of_ready()
 {
     unsigned n = block->fibers.size(), start = block->current;
     bool reverse = block->launch->schedule == Schedule::reverse;
     if (block->launch->schedule == Schedule::random)
-        start = (block->random = block->random * 1664525u + 1013904223u) / 256 % n;
+        start = next_random() % n;
     for (unsigned k = 1; k <= n; k++) {
         unsigned i = (reverse ? start + n - k : start + k) % n;
         if (block->fibers[i].state == State::ready) return i;
     }
     return -1;
+}
+
+inline int next_ready()
+{
+    int next = next_of_ready();
+    while (next < 0 && !block->background.empty()) {
+        auto work = std::move(block->background.back());
+        block->background.pop_back();
+        work();
+        next = next_of_ready();
+    }
+    return next;
 }
 
 inline void resume(Context* from, unsigned i)
@@ -288,6 +326,7 @@ inline void syncthreads(Place place, int vote = 0) { block_barrier(place, vote, 
     b.alive--;
     Warp& w = b.warp();
     w.alive &= ~(1u << b.lane());
+    if (b.alive == 0 && !b.background.empty()) fail("%zu copies are on their way at the end of the block", b.background.size());
     if (b.alive == 0) switch_context(&b.nowhere, &b.home);
     if (b.arrived > 0 && b.arrived == b.alive) release_block_barrier();
     if (w.arrived != 0 && warp_complete(w)) release_warp(b.current / 32);
@@ -399,6 +438,7 @@ inline void run_blocks(Launch& launch, unsigned first, unsigned step)
         b.alive = threads;
         b.arrived = b.votes = b.last_votes = 0;
         b.random = launch.seed + q;
+        b.background.clear();
         std::memset(dynamic_shared, 0xFF, launch.shared_bytes);
         for (unsigned w = 0; w < warps; w++) {
             unsigned lanes = std::min(32u, threads - 32 * w);
@@ -411,6 +451,9 @@ inline void run_blocks(Launch& launch, unsigned first, unsigned step)
             f.place = {"its start", 0};
             f.copies.clear();
             f.groups = 0;
+            f.multiplications.clear();
+            f.multiplication_groups = 0;
+            f.fenced = false;
             make_context(&f.context, b.stacks + STACK_BYTES * i, STACK_BYTES, fiber_entry);
         }
         b.current = 0;
@@ -445,7 +488,7 @@ template <class... P, void (*kernel)(P...)> struct Kernel<kernel> {
         if constexpr (std::is_pointer_v<T>)
             return "*" + code<std::remove_cv_t<std::remove_pointer_t<T>>>();
         else
-            return (std::is_floating_point_v<T> ? "f" : std::is_signed_v<T> ? "i" : std::is_unsigned_v<T> ? "u" : "?")
+            return (std::is_class_v<T> ? "V" : std::is_floating_point_v<T> ? "f" : std::is_signed_v<T> ? "i" : std::is_unsigned_v<T> ? "u" : "?")
                    + std::to_string(sizeof(T));
     }
 };
@@ -537,3 +580,4 @@ template <class T> T min(T a, std::type_identity_t<T> b) { return b < a ? b : a;
 template <class T> T max(T a, std::type_identity_t<T> b) { return a < b ? b : a; }
 
 #include "mma.h"
+#include "wgmma.h"

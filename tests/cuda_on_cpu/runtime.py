@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from gpudbn.cuda import Launcher
+from gpudbn.cuda.wgmma import SPAN, TensorMap, aligned_map
 
 HERE = Path(__file__).parent
 HEADER = HERE / "cuda_on_cpu.h"
@@ -102,6 +103,10 @@ class Function:
 
     def _pass(self, position: int, argument, parameter: str) -> np.ndarray:
         """The bytes a parameter gets: of a pointer, or of a number."""
+        if isinstance(argument, np.ndarray) and argument.dtype.kind == "V" and argument.size == 1:  # by value
+            if parameter != f"V{argument.itemsize}":
+                raise TypeError(f"{self.name}: argument {position} is {parameter}; got {argument.dtype}")
+            return argument
         if isinstance(argument, np.ndarray):
             if parameter != f"*{argument.dtype.kind}{argument.dtype.itemsize}":
                 raise TypeError(f"{self.name}: argument {position} is {parameter}; got an array of {argument.dtype}")
@@ -141,7 +146,15 @@ def _compiled(text: str) -> Path:
     return library
 
 
-def launcher(processors: int = 1, change=None) -> Launcher:
+def encode(tensor_map: TensorMap) -> np.ndarray:
+    """The tensor map that wgmma.h takes for the driver's."""
+    encoded, _ = aligned_map()
+    numbers = encoded.view(np.uint64)
+    numbers[:6] = (tensor_map.address, tensor_map.columns, tensor_map.rows, tensor_map.pitch, SPAN, tensor_map.box_rows)
+    return encoded
+
+
+def launcher(processors: int = 1, change=None, architecture: str = "sm_80") -> Launcher:
     """The project's launcher over NumPy arrays and this machine.
 
     Parameters
@@ -150,9 +163,14 @@ def launcher(processors: int = 1, change=None) -> Launcher:
         What it believes the chip has: 1 chooses the large tiles, 10**9 the small ones.
     change : callable, optional
         Applied to every source before it is compiled: to plant a fault.
+    architecture : str
+        What it believes the chip to be: ``sm_90`` lets wgmma through.
     """
     def make_module(code: str, **options) -> Module:
         return Module(code if change is None else change(code), **options)
 
-    return Launcher(make_module, np.ndarray, address_of=lambda array: array.ctypes.data, processors=processors,
-                    device_of=lambda _: 0, current_device=lambda: 0)
+    found = Launcher(make_module, np.ndarray, address_of=lambda array: array.ctypes.data, processors=processors,
+                     device_of=lambda _: 0, current_device=lambda: 0, shared_memory=227 << 10,
+                     architecture=architecture)
+    found.encode = encode
+    return found

@@ -1,0 +1,85 @@
+// half_step_wgmma: half a Gibbs step of a large layer, on Hopper's tensor cores.
+//
+//     mean[r, j]   = sigmoid(bias[j] + sum_i x[r, i] W[i, j])               half_step_wgmma
+//     mean[r, j]   = sigmoid(bias[j] + sum_i x[r, i] W[j, i])               half_step_wgmma_transposed
+//     sample[r, j] = 1 if u(seed, update, site, row + r, column + j) < mean[r, j] else 0
+//
+// sample, mean            (B, m)  out: bf16, or null: not wanted
+// sample_float, mean_float (B, m)  out: the same in float32, or null
+// x                       (B, n)  in: bf16
+// W, W_low                (n, m), (m, n) for the transposed  in: bf16. W alone, or W + W_low, for which W_low_wanted is 1
+// bias                    (m,)    in: float32
+//
+// Rows of x, W and all outputs begin at multiples of 16 bytes. They are padded for that, and the padding of outputs is
+// written, with no meaning: a thread stores four columns at once. `column` is a multiple of 4, see philox.cuh.
+//
+// Launch: see product_wgmma.cuh.
+// Numerics: products of bf16 are exact, sums float32. e = exp(-x) by the fast exponential: the mean errs by less than 1e-6.
+// A sample is 1 if u (1 + e) < 1, which needs no division and is u < mean but for that rounding.
+// Source: Hinton, "A practical guide to training restricted Boltzmann machines" (2012), section 3.
+// Twin: reference.half_step_wgmma
+#include "philox.cuh"
+#include "product_wgmma.cuh"
+#include "quads.cuh"
+
+struct Outputs {
+    unsigned short *sample, *mean;
+    float *sample_float, *mean_float;
+    int pitch;  // of bf16, from row to row
+    int float_pitch;
+};
+
+template <Neighbours W_NEIGHBOURS>
+__device__ __forceinline__ void half_step(unsigned char* dynamic_shared, const Outputs& out, const TensorMap& x, const TensorMap& W,
+                                          const TensorMap& W_low, const float* bias, int B, int n, int m, int W_low_wanted,
+                                          const Address& address)
+{
+    bool aligned = quads_aligned(bias, 0);
+    Part parts[2] = {{&x, &W, steps_of(n)}, {&x, &W_low, W_low_wanted ? steps_of(n) : 0}};
+    auto use = [&](const Sums& sums, int thread, int row, int column) {
+        int r = row + quad_row(thread);
+#pragma unroll
+        for (int q = 0; q < 32; q++) {
+            float4 sum = quad_of(sums.products, q, thread);
+            int j = column + quad_column(thread, q);
+            if (r >= B || j >= m) continue;
+            float4 c = load_quad(bias, j, m, aligned);
+            float4 e = make_float4(__expf(-sum.x - c.x), __expf(-sum.y - c.y), __expf(-sum.z - c.z), __expf(-sum.w - c.w));
+            long long at = (long long)r * out.pitch + j, float_at = (long long)r * out.float_pitch + j;
+            if (out.mean || out.mean_float) {
+                float4 p = make_float4(__fdividef(1, 1 + e.x), __fdividef(1, 1 + e.y), __fdividef(1, 1 + e.z), __fdividef(1, 1 + e.w));
+                if (out.mean) store_bf16(out.mean + at, p);
+                if (out.mean_float) *reinterpret_cast<float4*>(out.mean_float + float_at) = p;
+            }
+            if (out.sample || out.sample_float) {
+                float4 u = address.draw(r, j / 4);
+                float4 s = make_float4(fmaf(u.x, e.x, u.x) < 1, fmaf(u.y, e.y, u.y) < 1, fmaf(u.z, e.z, u.z) < 1, fmaf(u.w, e.w, u.w) < 1);
+                if (out.sample) store_bf16(out.sample + at, s);
+                if (out.sample_float) *reinterpret_cast<float4*>(out.sample_float + float_at) = s;
+            }
+        }
+    };
+    product_wgmma<ALONG_DEPTH, W_NEIGHBOURS, false>(dynamic_shared, parts, B, m, [](Sums&) {}, use);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+half_step_wgmma(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float, const __grid_constant__ TensorMap x,
+                const __grid_constant__ TensorMap W, const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
+                int B, int n, int m, int pitch, int float_pitch, int W_low_wanted,
+                u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
+{
+    extern __shared__ unsigned char dynamic_shared[];
+    half_step<ALONG_LINES>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias, B, n, m,
+                           W_low_wanted, {seed, update, site, row, column, blocks, clock});
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+half_step_wgmma_transposed(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float, const __grid_constant__ TensorMap x,
+                           const __grid_constant__ TensorMap W, const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
+                           int B, int n, int m, int pitch, int float_pitch, int W_low_wanted,
+                           u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
+{
+    extern __shared__ unsigned char dynamic_shared[];
+    half_step<ALONG_DEPTH>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias, B, n, m,
+                           W_low_wanted, {seed, update, site, row, column, blocks, clock});
+}
