@@ -15,42 +15,26 @@ All arrays are float32. Outputs come first and are overwritten; nothing else is 
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 
+from gpudbn import exact
 from gpudbn.draws import uniforms
+from gpudbn.scratch import PIECE, Scratch
 
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
            "cd_update", "cd_update_wgmma", "gather", "half_step", "half_step_wgmma", "momentum_step",
            "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
 
-# Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
-PIECE = 1 << 15
+_scratch = Scratch()
 
 
-class _Scratch(threading.local):
-    """Work space that outlives a call: allocating megabytes anew costs more than filling them."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, np.ndarray] = {}
-
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.size < size:
-            buffer = self.buffers[name] = np.empty(size, np.float32)
-        return buffer[:size].reshape(shape)
-
-
-_scratch = _Scratch()
-
-
-def sigmoid(x):
+def sigmoid(x, *, precision="fp32"):
     """x <- 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2, in place; without overflow.
 
-    Absolute error at most 1.2e-7. Returns ``x``.
+    Absolute error at most 1.2e-7. ``precision`` as in ``half_step``. Returns ``x``.
     """
+    if precision == "exact":
+        return exact.sigmoid(x)
     half = np.float32(0.5)
     np.multiply(x, half, out=x)
     np.tanh(x, out=x)
@@ -99,8 +83,8 @@ def activate(sample, mean, x, bias, *, seed=0, update=0, site=0, row=0, column=0
                   clock=clock)
 
 
-def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0, columns=None,
-              clock=None):
+def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", seed=0, update=0, site=0, row=0, column=0,
+              columns=None, clock=None):
     """mean <- sigmoid(x W + bias), sample ~ Bernoulli(mean): half a Gibbs step.
 
     Parameters
@@ -114,6 +98,8 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, si
     W : array (n, m), float32; or (m, n) with ``transpose``
         Weights. ``transpose`` multiplies by W^T: the step from hidden to visible.
     bias : array (m,), float32
+    precision : 'fp32' or 'exact'
+        Products in float32; or of integers, so that all bits are the same everywhere, see ``exact``.
     seed, update, site, row, column, columns, clock
         Address of ``sample[0, 0]``, see ``draws``.
 
@@ -121,13 +107,19 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, si
     -----
     Hinton, "A practical guide to training restricted Boltzmann machines" (2012), section 3.
     """
+    if precision == "exact":
+        out = exact.half_step(sample if mean is None else mean, x, W, bias, transpose=transpose)
+        if sample is not None:
+            address = {"update": update, "site": site, "row": row, "column": column, "columns": columns}
+            bernoulli(sample, out, seed=seed, **address, clock=clock)
+        return
     out = sample if mean is None else mean
     np.matmul(x, W.T if transpose else W, out=out)
     activate(sample, mean, out, bias, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
              clock=clock)
 
 
-def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
+def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
     """dW <- v0^T h0 - w vk^T hk,  db <- sum v0 - w sum vk,  dc <- sum h0 - w sum hk.
 
     Divided by the number of rows, this is the CD-k estimate of the gradient of the mean
@@ -144,6 +136,8 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
         B, the rows of the data phase.
     model_weight : float
         w: 1 for CD; for PCD the rows of the global batch divided by all chains.
+    precision : 'fp32' or 'exact'
+        As in ``half_step``.
 
     Notes
     -----
@@ -151,6 +145,9 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0):
     products of experts by minimizing contrastive divergence". (Algorithm 1 of the talk this
     project comes from has the signs the other way.)
     """
+    if precision == "exact":
+        exact.cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
+        return
     signs = _scratch.get("signs", (len(v),))
     signs[:rows] = 1
     signs[rows:] = -model_weight
@@ -317,7 +314,7 @@ def _shrink(W, shrink):
 
 
 def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
-              rates=None):
+              rates=None, precision="fp32"):
     """One CD-k update of an RBM: ``cd_sums`` and ``momentum_step`` in one.
 
     Parameters
@@ -328,12 +325,12 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
         Work space of the NumPy twin; its content afterwards is not specified.
     n, m : int
         Visible and hidden units.
-    v, h, rows, model_weight
+    v, h, rows, model_weight, precision
         As in ``cd_sums``.
     rate, momentum, decay, rates
         As in ``momentum_step``.
     """
-    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight, precision)
     momentum_step(parameters, velocity, gradient, weights=n * m, scale=1 / rows, rate=rate, momentum=momentum,
                   decay=decay, rates=rates)
 
@@ -358,12 +355,11 @@ def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=
                  rates=rates)
 
 
-def _cd_gradient(gradient, n, m, v, h, rows, model_weight):
+def _cd_gradient(gradient, n, m, v, h, rows, model_weight, precision="fp32"):
     """``cd_sums`` end to end in ``gradient`` (n m + n + m,)."""
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
-    cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
-
+    cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, precision=precision)
 
 
 def gather(out, data, order, *, first=0, scale=1.0, offset=None):

@@ -1,6 +1,6 @@
 // elementwise: passes over flat arrays.
 //
-//     sigmoid        x <- 1 / (1 + exp(-x))
+//     sigmoid        x <- 1 / (1 + exp(-x)); sigmoid_exact: the same with NumPy's bits
 //     momentum_step  velocity <- momentum velocity + rate_scale gradient - rate_decay W;  parameters <- parameters + velocity
 //     sgd_step, adagrad_step, adam_step                                                            see decoupled.cuh
 //
@@ -11,8 +11,8 @@
 // rates                                        (3,)     in, or null: the three numbers before it
 //
 // Launch: one thread an entry, 1-D, any number of blocks of any size; tail guarded.
-// Numerics: float32, division and root rounded correctly.
-// Twins: reference.sigmoid, reference.momentum_step, ...
+// Numerics: float32, division and root rounded correctly; momentum_step has the bits of its twin.
+// Twins: reference.sigmoid, exact.sigmoid, reference.momentum_step, ...
 #include "decoupled.cuh"
 #include "momentum.cuh"
 #include "sigmoid.cuh"
@@ -27,6 +27,11 @@ __device__ __forceinline__ void every_entry(long long size, Visit visit)
 extern "C" __global__ void sigmoid(float* x, long long size)
 {
     every_entry(size, [&](long long i) { x[i] = sigmoid_of(x[i]); });
+}
+
+extern "C" __global__ void sigmoid_exact(float* x, long long size)
+{
+    every_entry(size, [&](long long i) { x[i] = exact_sigmoid_of(x[i]); });
 }
 
 extern "C" __global__ void momentum_step(float* parameters, float* velocity, const float* gradient,

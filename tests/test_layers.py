@@ -16,11 +16,12 @@ import pytest
 import gpudbn
 
 FLOORS = """
-    errors draws tracing mpi/launch
-    arrays settings
+    errors draws scratch tracing mpi/launch
+    arrays exact settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
-    cuda/draws cuda/elementwise cuda/layers cuda/turns cuda/wgmma data/checks
+    cuda/draws cuda/elementwise cuda/exact cuda/turns cuda/wgmma data/checks
+    cuda/layers
     cuda/__init__ data/files
     data/idx data/mnist
     data/__init__

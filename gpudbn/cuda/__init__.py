@@ -7,6 +7,7 @@
     door.py        reads ``kernels/``, compiles, checks, launches: the only way in
     draws.py       uniforms and samples
     layers.py      half-step and gradient of one layer
+    exact.py       the tiles of exact mode for these
     wgmma.py       the same of a large layer, in bf16 on Hopper's tensor cores
     elementwise.py passes over flat arrays
     turns.py       rows in the order of an epoch, counters, numbers that are not finite

@@ -15,6 +15,7 @@ _SIZES: Kinds = (np.int64, np.int64)  # size, weights
 UNITS: Mapping[str, Unit] = {
     "elementwise": Unit("elementwise.cu", {
         "sigmoid": (POINTER, np.int64),
+        "sigmoid_exact": (POINTER, np.int64),
         "momentum_step": (POINTER, POINTER, POINTER, *_SIZES, *RATES),
         "sgd_step": (POINTER, POINTER, *_SIZES, *RATES),
         "adagrad_step": (POINTER, POINTER, POINTER, *_SIZES, np.float32, *RATES),
@@ -26,11 +27,12 @@ UNITS: Mapping[str, Unit] = {
 class Elementwise(Door):
     """One pass over arrays, entry by entry."""
 
-    def sigmoid(self, x):
+    def sigmoid(self, x, *, precision="fp32"):
         """See ``reference.sigmoid``."""
         self._check("sigmoid", "x", x, *getattr(x, "shape", ()))
         if x.size:
-            self._launch_elementwise("elementwise", "sigmoid", x.size, x, x.size)
+            kernel = "sigmoid_exact" if precision == "exact" else "sigmoid"
+            self._launch_elementwise("elementwise", kernel, x.size, x, x.size)
         return x
 
     def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):

@@ -1,4 +1,4 @@
-"""Launches of the products of one layer in float32: ``kernels/half_step.cu`` and ``kernels/cd_update.cu``."""
+"""Launches of the products of one layer: half-steps and gradients, in float32 or exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpudbn.arrays import Array
+from gpudbn.cuda import exact
 from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, NOWHERE, POINTER, RATES, Door, Kinds, Unit
+from gpudbn.exact import check_terms
 from gpudbn.reference import decoupled
 
 
@@ -62,26 +64,40 @@ KERNELS: dict[str, dict[str, Kinds]] = {
                   "cd_adagrad": (POINTER, POINTER, *_CD, _F4, *RATES)},
 }
 
-UNITS: Mapping[str, Unit] = {name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants())
-                             for name, tile in TILES.items()}
+UNITS: Mapping[str, Unit] = {
+    **{name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants()) for name, tile in TILES.items()},
+    **exact.UNITS,
+}
+
+
+def kernel_of(function: str, precision: str, what: str, terms: int) -> str:
+    """The name of the kernel that has this precision; ``terms`` are those of its sums."""
+    if precision == "fp32":
+        return function
+    if precision == "exact":
+        check_terms(function, what, terms)
+        return f"{function}_exact"
+    raise ValueError(f"{function}: precision must be fp32 or exact; got {precision}")
 
 
 class Layers(Door):
     """The half-step and the gradient of contrastive divergence."""
 
-    def _choose(self, name: str, rows: int, columns: int) -> tuple[str, Tile]:
+    def _choose(self, name: str, rows: int, columns: int) -> tuple[str, Tile | exact.Tile]:
         """The large tile where it makes enough blocks for half the chip, since each does twice the work a read."""
-        size = "large" if 2 * TILES[f"{name} large"].blocks(rows, columns) >= self.processors else "small"
-        return f"{name} {size}", TILES[f"{name} {size}"]
+        tiles = TILES if f"{name} large" in TILES else exact.TILES
+        size = "large" if 2 * tiles[f"{name} large"].blocks(rows, columns) >= self.processors else "small"
+        return f"{name} {size}", tiles[f"{name} {size}"]
 
-    def half_step(self, sample, mean, x, W, bias, *, transpose=False, seed=0, update=0, site=0, row=0, column=0,
-                  columns=None, clock=None):
+    def half_step(self, sample, mean, x, W, bias, *, transpose=False, precision="fp32", seed=0, update=0, site=0,
+                  row=0, column=0, columns=None, clock=None):
         """See ``reference.half_step``."""
         if transpose:
             m, n = self._check("half_step", "W", W, "m", "n")
         else:
             n, m = self._check("half_step", "W", W, "n", "m")
         B, _ = self._check("half_step", "x", x, "B", n)
+        kernel = kernel_of("half_step", precision, "n", n)
         self._check("half_step", "bias", bias, m)
         if sample is None and mean is None:
             raise ValueError("half_step: one of sample and mean must be given; got None for both")
@@ -95,29 +111,30 @@ class Layers(Door):
         if B == 0 or m == 0:
             return
         self._check_apart("half_step", {"sample": sample, "mean": mean}, {"x": x, "W": W, "bias": bias})
-        unit, tile = self._choose("half_step", B, m + shift)
+        unit, tile = self._choose(kernel, B, m + shift)
         grid = -(-B // tile.rows), -(-(m + shift) // tile.columns)
         if grid[1] > MOST_IN_Y:
             raise ValueError(f"half_step: m must be at most {MOST_IN_Y * tile.columns - 3}; got {m}")
-        self._launch(unit, "half_step_transposed" if transpose else "half_step", grid, tile.threads,
+        self._launch(unit, f"{kernel}_transposed" if transpose else kernel, grid, tile.threads,
                      sample, mean, x, W, bias, B, n, m, *where)
 
-    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0):
+    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
         """See ``reference.cd_sums``."""
         K, n, m = self._cd_sizes("cd_sums", v, h, rows)
+        kernel = kernel_of("cd_sums", precision, "rows", max(rows, K - rows))
         self._check("cd_sums", "dW", dW, n, m)
         self._check("cd_sums", "db", db, n)
         self._check("cd_sums", "dc", dc, m)
         self._check_apart("cd_sums", {"dW": dW, "db": db, "dc": dc}, {"v": v, "h": h})
-        unit, grid, threads = self._cd_grid("cd_sums", n, m)
-        self._launch(unit, "cd_sums", grid, threads, dW, db, dc, v, h, n, m, K, rows, model_weight)
+        unit, grid, threads = self._cd_grid(kernel, n, m)
+        self._launch(unit, kernel, grid, threads, dW, db, dc, v, h, n, m, K, rows, model_weight)
 
     def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
-                  rates=None):
+                  rates=None, precision="fp32"):
         """See ``reference.cd_update``. ``gradient`` is not touched and may be None: the sums stay in registers."""
         _ = gradient
         self._cd_step("cd_update", {"parameters": parameters, "velocity": velocity}, n, m, v, h, rows, model_weight,
-                      lambda scale: (rate * scale, momentum, rate * decay), rates)
+                      lambda scale: (rate * scale, momentum, rate * decay), rates, precision)
 
     def cd_sgd(self, parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, rates=None):
         """See ``reference.cd_sgd``. ``gradient`` is not touched and may be None."""
@@ -133,13 +150,15 @@ class Layers(Door):
                       lambda scale: (eps, *decoupled(scale, rate, decay)), rates)
 
     def _cd_step(self, function: str, changed: Mapping[str, Array], n: int, m: int, v: Array, h: Array, rows: int,
-                 model_weight: float, numbers: Callable[[float], tuple[float, ...]], rates: Array | None) -> None:
+                 model_weight: float, numbers: Callable[[float], tuple[float, ...]], rates: Array | None,
+                 precision: str = "fp32") -> None:
         """Launch a step with the gradient.
 
         ``changed`` are the parameters and what the rule keeps for each, in order; ``numbers`` makes the kernel's last
         scalars of 1 / rows.
         """
         K, _, _ = self._cd_sizes(function, v, h, rows, n, m)
+        kernel = kernel_of(function, precision, "rows", max(rows, K - rows))
         if rows == 0:
             raise ValueError(f"{function}: rows must be positive; got 0")
         for name, array in changed.items():
@@ -147,8 +166,8 @@ class Layers(Door):
         self._check_apart(function, changed, {"v": v, "h": h})
         parameters, *state = changed.items()
         self._check_apart(function, dict(state), dict([parameters]))
-        unit, grid, threads = self._cd_grid(function, n, m)
-        self._launch(unit, function, grid, threads, *changed.values(), v, h, n, m, K, rows, model_weight,
+        unit, grid, threads = self._cd_grid(kernel, n, m)
+        self._launch(unit, kernel, grid, threads, *changed.values(), v, h, n, m, K, rows, model_weight,
                      *numbers(1 / rows), self._rates(function, rates))
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
@@ -158,9 +177,10 @@ class Layers(Door):
             raise ValueError(f"{function}: rows must lie between 0 and the {K} rows of v; got {rows}")
         return K, n, m
 
-    def _cd_grid(self, function: str, n: int, m: int) -> tuple[str, tuple[int, int], int]:
-        unit, tile = self._choose("cd_update", n + 1, m + 1)  # one more of each for the biases
+    def _cd_grid(self, kernel: str, n: int, m: int) -> tuple[str, tuple[int, int], int]:
+        name = "cd_update_exact" if kernel.endswith("_exact") else "cd_update"
+        unit, tile = self._choose(name, n + 1, m + 1)  # one more of each for the biases
         grid = -(-(m + 1) // tile.columns), -(-(n + 1) // tile.rows)
         if grid[1] > MOST_IN_Y:
-            raise ValueError(f"{function}: n must be below {MOST_IN_Y * tile.rows}; got {n}")
+            raise ValueError(f"{kernel}: n must be below {MOST_IN_Y * tile.rows}; got {n}")
         return unit, grid, tile.threads

@@ -533,6 +533,7 @@ inline int launch(void (*run_thread)(void**), const unsigned* grid, const unsign
 
 #define __syncthreads() cuda_on_cpu::syncthreads(CUDA_ON_CPU_HERE)
 #define __syncthreads_count(vote) (cuda_on_cpu::syncthreads(CUDA_ON_CPU_HERE, (vote) != 0), int(cuda_on_cpu::block->last_votes))
+#define __syncthreads_or(vote) (cuda_on_cpu::syncthreads(CUDA_ON_CPU_HERE, (vote) != 0), int(cuda_on_cpu::block->last_votes != 0))
 #define __syncwarp(...) cuda_on_cpu::syncwarp(0xFFFFFFFFu, CUDA_ON_CPU_HERE)
 #define __shfl_sync(mask, value, lane) cuda_on_cpu::shuffle(mask, value, [&](int) { return int(lane) & 31; }, CUDA_ON_CPU_HERE)
 #define __shfl_up_sync(mask, value, by) cuda_on_cpu::shuffle(mask, value, [&](int l) { return l - int(by); }, CUDA_ON_CPU_HERE)
@@ -570,6 +571,14 @@ inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
+{
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) result |= unsigned((uint64_t(y) << 32 | x) >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
+inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
+inline float __ll2float_rn(long long x) { return float(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
