@@ -38,7 +38,7 @@ def classifier_shapes(sizes: Sequence[int], classes: int, shards: Shards = WHOLE
 
 def threshold(v: Array) -> Array:
     """v <- 1 where v >= 1/2, else 0; in place. Returns ``v``."""
-    v[...] = v >= np.float32(0.5)
+    module_of(v).greater_equal(v, np.float32(0.5), out=v)
     return v
 
 

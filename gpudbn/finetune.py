@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import Array
-from gpudbn.data import Rows
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
+from gpudbn.feed import Source
 from gpudbn.optimiser import Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
 from gpudbn.pretrain import Phase, Piece
@@ -115,7 +115,7 @@ class FinetunePhase(Phase):
         logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))
         return [*inputs, a[-2]]
 
-    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+    def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (size,) <- the sum over rows of the gradient of log p(label)."""
         count, xp = len(piece.positions), self.xp
         if not count:
@@ -156,12 +156,12 @@ class FinetunePhase(Phase):
         """One step of the optimiser with sums over ``count`` rows."""
         self.rule.step(self.parameters, sums, weights=self.weights, scale=1 / count, rate=self.rate)
 
-    def update(self, rows: Rows, piece: Piece) -> None:
+    def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one."""
         self.sums(self.gradient.flat, rows, piece)
         self.step(self.gradient.flat, len(piece.positions))
 
-    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+    def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums over the rows of the cross-entropy in nats, and of the wrong answers; no dropout."""
         x = self.xp.empty((len(positions), self.dbn.sizes[0]), np.float32)
         rows.take(positions, x)

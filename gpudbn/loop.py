@@ -5,6 +5,9 @@ A replica computes and exchanges in turns:
     run `count` updates on parameters that are local for so long
     exchange: push what changed, take what the others changed
 
+On a GPU nothing in a turn copies or waits: rows come from a ``feed``, a turn of equal updates is a CUDA
+graph, and a flag on the device keeps the first update whose parameters were not finite.
+
 Alone, a turn is a reporting interval and the exchange does nothing; an asynchronous replica's turn
 is ``n_push`` updates; synchronous replicas add their sums within every update. At the end of an
 epoch all replicas meet with equal parameters, measure together, and may save.
@@ -18,24 +21,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpudbn.arrays import Array, all_finite, to_cpu
+from gpudbn.arrays import Array, is_gpu, to_cpu
 from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
 from gpudbn.draws import Purpose, permutation, replica_row, site
 from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.feed import Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
+from gpudbn.graphs import Graphs
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import new_chains
 from gpudbn.settings import Settings
 from gpudbn.tracing import span
+from gpudbn.twins import twins_of
 
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
 
 TURN = 50  # updates between two looks at the world, alone or synchronous
+AT_ONCE = 1 << 26  # bytes: a turn is shorter if rows are streamed and those of a turn are more than this
 PROBE = 2000  # rows on which a layer is measured
 MEASURED = 250  # rows at once: blocks of constant size, so that their sums do not depend on the number of replicas
 BLOCKS = 8  # --order fixed: pieces of a batch
+FINITE = 2**64 - 1  # the flag as long as everything was finite
 
 
 class Training:
@@ -82,6 +90,8 @@ class Training:
         self.best_parameters: Array | None = None
         self.seconds = 0.0
         self.phase: Phase | None = None
+        self.graphs: Graphs | None = None
+        self.flag = dbn.xp.full(1, FINITE, np.uint64)  # see ``reference.note_not_finite``
         self._phase_arrays: dict[str, np.ndarray] = {}  # of a checkpoint, until the phase is made
         self._vectors: list[Array] = []
         smallest = min(len(self._shard(self._set(i).train)) for i in (0, self.phases - 1))
@@ -104,9 +114,12 @@ class Training:
         while self.index < self.phases:
             with span(f"phase {self.index}"):
                 phase = self.phase = self._make_phase()
+                feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp,
+                               self._turn(phase) * phase.batch)
+                self.graphs = self._make_graphs(phase, feed)
                 self.exchange.begin(phase.parameters)
                 while self.epoch < phase.epochs and not self._enough(phase):
-                    record = self._run_epoch(phase)
+                    record = self._run_epoch(phase, feed)
                     if record is None:
                         return  # interrupted
                     yield record
@@ -143,26 +156,32 @@ class Training:
         self._phase_arrays = {}
         return phase
 
-    def _run_epoch(self, phase: Phase) -> dict[str, Any] | None:
+    def _turn(self, phase: Phase) -> int:
+        """Updates of a turn."""
+        if self.asynchronous:
+            return self.settings.n_push
+        rows = self._set(self.index).train
+        streamed = self.dbn.xp is not np and not is_gpu(rows.array)
+        return max(1, min(TURN, AT_ONCE // (phase.batch * rows.n * rows.kept.itemsize))) if streamed else TURN
+
+    def _run_epoch(self, phase: Phase, feed: Feed) -> dict[str, Any] | None:
         started = time.perf_counter()
         rates = phase.begin_epoch(self.epoch)
-        rows = self._shard(self._set(self.index).train)
         # the same number of updates on every replica, also where shards differ by a row
         all_rows = len(self._set(self.index).train)
         longest = -(-all_rows // self.exchange.replicas) if self.asynchronous else all_rows
-        count = -(-longest // phase.batch)
-        order = permutation(len(rows), seed=self.settings.seed, update=self.epoch, row=self._first_row(),
-                            site=site(Purpose.ORDER, self.index))
+        count, turn = -(-longest // phase.batch), self._turn(phase)
+        positions = feed.begin(permutation(len(feed.rows), seed=self.settings.seed, update=self.epoch,
+                                           row=self._first_row(), site=site(Purpose.ORDER, self.index)))
         before = phase.parameters.copy() if self.asynchronous else None
-        turn = self.settings.n_push if self.asynchronous else TURN
         # an overflow shows itself as a parameter that is not finite, at the end of the turn
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.position < count:
                 end = min(self.position + turn, count)
                 with span("compute"):
-                    for i in range(self.position, end):
-                        self._update(phase, rows, order[i * phase.batch : (i + 1) * phase.batch])
-                self._check(phase)
+                    self._run_turn(phase, feed, positions, end)
+                    feed.ahead(end * phase.batch, self._rows(positions, phase, end, min(end + turn, count)))
+                self._note(phase)
                 if before is not None:
                     with span("exchange"):
                         self.exchange.exchange(phase.parameters, before,
@@ -174,7 +193,8 @@ class Training:
                     self.seconds += time.perf_counter() - started
                     return None
         self.exchange.meet(phase.parameters)
-        self._check(phase)
+        self._note(phase)
+        self._look()
         self.epoch, self.position = self.epoch + 1, 0
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
                   "epoch": self.epoch, "update": self.updates, **rates, **self._measure(phase)}
@@ -182,22 +202,51 @@ class Training:
         self._remember(phase, record)
         return record | {"best_epoch": self.best["epoch"], "seconds": round(self.seconds, 3)}
 
-    def _update(self, phase: Phase, rows: Rows, positions: np.ndarray) -> None:
+    @staticmethod
+    def _rows(positions: Any, phase: Phase, first: int, end: int) -> int:
+        """How many rows the updates from ``first`` to ``end`` have."""
+        return len(positions[first * phase.batch : end * phase.batch])
+
+    def _run_turn(self, phase: Phase, feed: Feed, positions: Any, end: int) -> None:
+        """The updates of the epoch up to ``end``: the full batches as one graph, if there are graphs."""
+        first, batch = self.position, phase.batch
+        feed.turn(first * batch, self._rows(positions, phase, first, end))
+        equal = min(end, len(positions) // batch) - first
+        if self.graphs and equal > 1 and self.graphs.run(equal, equal * batch, update=self.updates, row=first * batch,
+                                                         side=feed.side):
+            self.updates += equal
+            first += equal
+        for i in range(first, end):
+            self._update(phase, feed, positions[i * batch : (i + 1) * batch])
+
+    def _make_graphs(self, phase: Phase, feed: Feed) -> Graphs | None:
+        """What repeats turns, where an update is kernels of ours from beginning to end."""
+        if self.dbn.xp is np or phase.layer is None or self.settings.order == "fixed" or self.exchange.cuts_batches:
+            return None
+
+        def launch(count: int, clock: Array, turn: Array) -> None:
+            for update in range(count):
+                (piece,) = self._pieces(phase, Span(update * phase.batch, phase.batch, turn))
+                phase.update(feed, piece._replace(update=update, clock=clock))
+
+        return Graphs(self.dbn.xp, launch)
+
+    def _update(self, phase: Phase, feed: Feed, positions: Any) -> None:
         """One update with the rows of one batch: the global one, or an asynchronous replica's."""
         pieces = self._pieces(phase, positions)
         if self.settings.order == "fixed":
             for piece, partial in zip(pieces, self._buffers(phase, len(pieces)), strict=True):
-                phase.sums(partial, rows, piece)
+                phase.sums(partial, feed, piece)
             sums = self._buffers(phase, len(pieces) + 1)[-1]
             self.exchange.add_in_order_(sums, self._buffers(phase, len(pieces)))
             phase.step(sums, len(positions))
         elif self.exchange.cuts_batches:
             (sums,) = self._buffers(phase, 1)
-            phase.sums(sums, rows, pieces[0])
+            phase.sums(sums, feed, pieces[0])
             self.exchange.add_(sums)
             phase.step(sums, len(positions))
         elif len(positions):
-            phase.update(rows, pieces[0])
+            phase.update(feed, pieces[0])
         self.updates += 1
 
     def _buffers(self, phase: Phase, count: int) -> list[Array]:
@@ -242,7 +291,7 @@ class Training:
                     for i in range(count * r // of, count * (r + 1) // of)]
         return [(rows * r // of, rows * (r + 1) // of)] if self.exchange.cuts_batches else [(0, rows)]
 
-    def _pieces(self, phase: Phase, positions: np.ndarray) -> list[Piece]:
+    def _pieces(self, phase: Phase, positions: Any) -> list[Piece]:
         base, weight = self._first_row(), 1.0
         data = self._cut(phase.batch, len(positions))
         chains = data
@@ -255,10 +304,19 @@ class Training:
 
     # -- looking at it ----------------------------------------------------------------------------
 
-    def _check(self, phase: Phase) -> None:
-        if not all_finite(phase.parameters):
-            where = f"layer {self.index + 1}" if phase.layer is not None else "fine-tuning"
-            raise NonFiniteError(f"{where}: parameters must stay finite; got NaN or infinity by update {self.updates}. "
+    def _note(self, phase: Phase) -> None:
+        """Note if the parameters are not finite; look at once where it costs nothing, or others would get them."""
+        twins_of(phase.parameters).note_not_finite(self.flag, phase.parameters, phase=self.index, update=self.updates)
+        if self.dbn.xp is np or self.exchange.replicas > 1:
+            self._look()
+
+    def _look(self) -> None:
+        """Raise NonFiniteError if parameters were not finite at the end of a turn. Waits for a GPU."""
+        found = int(to_cpu(self.flag)[0])
+        if found != FINITE:
+            index, update = found >> 32, found % 2**32
+            where = f"layer {index + 1}" if index < self.depth else "fine-tuning"
+            raise NonFiniteError(f"{where}: parameters must stay finite; got NaN or infinity by update {update}. "
                                  "Lower the learning rate; the last checkpoint is from before")
 
     def _totals(self, phase: Phase, sets: list[tuple[Rows, int]]) -> list[np.ndarray]:
@@ -269,11 +327,12 @@ class Training:
         """
         blocks = [(i, rows, np.arange(lo, min(lo + MEASURED, count)))
                   for i, (rows, count) in enumerate(sets) for lo in range(0, count, MEASURED)]
-        table = np.zeros((len(blocks), len(phase.measures)))
+        sums = self.dbn.xp.zeros((len(blocks), len(phase.measures)))
         for number, (_, rows, positions) in enumerate(blocks):
             if number % self.exchange.replicas == self.exchange.replica:
-                table[number] = [float(x) for x in phase.measure(rows, positions)]
-        table = self.exchange.total(table)
+                for i, value in enumerate(phase.measure(rows, positions)):
+                    sums[number, i] = value
+        table = self.exchange.total(to_cpu(sums))
         means = []
         for i, (_, count) in enumerate(sets):
             total = np.zeros(len(phase.measures))
@@ -322,6 +381,7 @@ class Training:
         Parameters and, between synchronous replicas, velocities are the same everywhere; chains, and
         the velocities of asynchronous replicas, are collected from each.
         """
+        self._look()
         found = self.dbn.arrays()
         own: dict[str, np.ndarray] = {}
         if self.phase is not None:

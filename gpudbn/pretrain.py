@@ -19,6 +19,7 @@ from gpudbn.arrays import Array
 from gpudbn.data import Rows
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
+from gpudbn.feed import Source
 from gpudbn.optimiser import schedule
 from gpudbn.rbm import Contrast, Estimator
 from gpudbn.settings import Settings
@@ -28,12 +29,13 @@ from gpudbn.twins import twins_of
 class Piece(NamedTuple):
     """The rows of one update that one computation takes, and where they stand in the global batch."""
 
-    positions: np.ndarray  # which rows of the training data
+    positions: Any  # which rows of the training data: array (B,), or a ``feed.Span``
     update: int  # number of the update
     row: int  # position of the first row in the global batch: address of its draws
     chains: slice  # PCD: which of this replica's chains go along
     chain_row: int  # PCD: the number of the first of them
     model_weight: float  # PCD: rows of the global batch over chains in all; 1 for CD
+    clock: Array | None = None  # in a CUDA graph: array (1,), uint32, in device memory, to be added to ``update``
 
 
 class Phase(Protocol):
@@ -58,7 +60,7 @@ class Phase(Protocol):
         """Set the rates of epoch ``epoch`` (from 0); returns them for the record."""
         ...
 
-    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+    def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (size,) <- sums over the rows of one piece, pointing uphill."""
         ...
 
@@ -66,11 +68,11 @@ class Phase(Protocol):
         """Change the parameters by sums over ``count`` rows."""
         ...
 
-    def update(self, rows: Rows, piece: Piece) -> None:
+    def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one."""
         ...
 
-    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+    def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums of each of ``measures`` over these rows; no draws."""
         ...
 
@@ -111,6 +113,7 @@ class LayerPhase(Phase):
         self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]
         self.twins = twins_of(self.parameters)
         self.rate = self.momentum = 0.0
+        self.rates = dbn.xp.zeros(3, np.float32)  # of updates that a CUDA graph repeats: of full batches
 
     def state(self) -> dict[str, Array]:
         """What a checkpoint keeps besides parameters and chains."""
@@ -122,14 +125,16 @@ class LayerPhase(Phase):
         rate = s.of_layer("learning_rate", self.layer)
         self.rate = schedule(s.schedule, rate, s.learning_rate_end, epoch, self.epochs)
         self.momentum = s.momentum[0] if epoch < s.momentum_epochs else s.momentum[-1]
+        self.rates[...] = self.dbn.xp.asarray(
+            np.array([self.rate * (1 / self.batch), self.momentum, self.rate * s.decay], np.float32))
         return {"learning_rate": self.rate, "momentum": self.momentum}
 
-    def _visible(self, out: Array, rows: Rows, piece: Piece) -> None:
+    def _visible(self, out: Array, rows: Source, piece: Piece) -> None:
         """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""
         s, count = self.settings, len(out)
         x = self.lower[0][:count] if self.layer else out
         rows.take(piece.positions, x)
-        address = {"seed": s.seed, "update": piece.update, "row": piece.row}
+        address = {"seed": s.seed, "update": piece.update, "row": piece.row, "clock": piece.clock}
         if s.binarise == "threshold":
             threshold(x)
         elif s.binarise == "stochastic":
@@ -144,14 +149,14 @@ class LayerPhase(Phase):
                 rbm.up(None, h, x)
             x = self.dbn.shards.gather(h, out=y)
 
-    def _fill(self, rows: Rows, piece: Piece) -> tuple[Array, Array]:
+    def _fill(self, rows: Source, piece: Piece) -> tuple[Array, Array]:
         count = len(piece.positions)
         if count:
             self._visible(self.contrast.v[:count], rows, piece)
         return self.contrast.fill(count, update=piece.update, row=piece.row, chains=piece.chains,
-                                  chain_row=piece.chain_row)
+                                  chain_row=piece.chain_row, clock=piece.clock)
 
-    def sums(self, out: Array, rows: Rows, piece: Piece) -> None:
+    def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (size,) <- the sums of ``cd_sums`` over one piece of a batch, W, b, c end to end."""
         v, h = self._fill(rows, piece)
         n, m = self.rbm.n, self.rbm.width
@@ -163,20 +168,21 @@ class LayerPhase(Phase):
         self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.width,
                                  scale=1 / count, rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
 
-    def update(self, rows: Rows, piece: Piece) -> None:
+    def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one: a single kernel on a GPU."""
         v, h = self._fill(rows, piece)
         self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h,
                              len(piece.positions), model_weight=piece.model_weight, rate=self.rate,
-                             momentum=self.momentum, decay=self.settings.decay)
+                             momentum=self.momentum, decay=self.settings.decay,
+                             rates=None if piece.clock is None else self.rates)
 
-    def _inputs(self, rows: Rows, positions: np.ndarray) -> Array:
+    def _inputs(self, rows: Source, positions: np.ndarray) -> Array:
         """Mean-field visible units of this layer for evaluation: no draws. Array (B, n)."""
         x = self.dbn.xp.empty((len(positions), self.dbn.sizes[0]), np.float32)
         rows.take(positions, x)
         return self.dbn.transform(x, self.layer)
 
-    def measure(self, rows: Rows, positions: np.ndarray) -> list[Any]:
+    def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums over the rows of the free energy, and of |v - reconstruction|^2, both mean-field; nats, units."""
         v = self._inputs(rows, positions)
         difference = self.rbm.reconstruct(v) - v

@@ -210,8 +210,8 @@ class Contrast:
         self.v = xp.empty((rows + model_rows, rbm.n), np.float32)
         self.h = xp.empty((rows + model_rows, rbm.width), np.float32)
 
-    def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0),
-             chain_row: int = 0) -> tuple[Array, Array]:
+    def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0), chain_row: int = 0,
+             clock: Array | None = None) -> tuple[Array, Array]:
         """Run the data phase on ``v[:rows]`` and the k Gibbs steps of the model phase.
 
         Parameters
@@ -224,6 +224,8 @@ class Contrast:
             PCD: which of ``self.chains`` go along with these rows.
         chain_row : int
             PCD: the number of the first of them, for the draws' address.
+        clock : array (1,), uint32, optional
+            Added to ``update``, see ``draws``.
 
         Returns
         -------
@@ -233,54 +235,50 @@ class Contrast:
         moving = None if self.chains is None else self.chains[chains]
         end = rows + (rows if moving is None else len(moving))
         v, h = self.v[:end], self.h[:end]
+        address = {"seed": self.seed, "update": update, "clock": clock}
         if rows:
-            self._data_phase(v, h, rows, update, row)
+            self._data_phase(v, h, rows, {**address, "row": row})
         if moving is not None:
-            self._pcd(v[rows:], moving, h[rows:], update, chain_row)
+            self._pcd(v[rows:], moving, h[rows:], {**address, "row": chain_row})
         elif rows:
-            self._cd(v[rows:], h[:rows], h[rows:], update, row)
+            self._cd(v[rows:], h[:rows], h[rows:], {**address, "row": row})
         return v, h
 
-    def _data_phase(self, v: Array, h: Array, rows: int, update: int, row: int) -> None:
-        rbm, e = self.rbm, self.estimator
-        address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 0), "row": row}
+    def _data_phase(self, v: Array, h: Array, rows: int, address: dict[str, Any]) -> None:
+        rbm, e, where = self.rbm, self.estimator, site(Purpose.CD, self.layer, 0)
         if e.data_hidden == "sample":
-            rbm.up(h[:rows], None, v[:rows], **address)
+            rbm.up(h[:rows], None, v[:rows], site=where, **address)
         elif self.chains is None:  # the chains need a sample all the same: it waits in the model rows
-            rbm.up(h[rows:], h[:rows], v[:rows], **address)
+            rbm.up(h[rows:], h[:rows], v[:rows], site=where, **address)
         else:
             rbm.up(None, h[:rows], v[:rows])
 
-    def _cd(self, v: Array, h0: Array, h: Array, update: int, row: int) -> None:
+    def _cd(self, v: Array, h0: Array, h: Array, address: dict[str, Any]) -> None:
         rbm, e = self.rbm, self.estimator
         start = h0 if e.data_hidden == "sample" else h
         for step in range(e.k):
-            self._visible(v, start, update, row, Purpose.CD, 2 * step + 1)
-            address = {"seed": self.seed, "update": update, "site": site(Purpose.CD, self.layer, 2 * step + 2),
-                       "row": row}
+            self._visible(v, start, Purpose.CD, 2 * step + 1, address)
             if step < e.k - 1 or e.last_hidden == "sample":
-                rbm.up(h, None, v, **address)
+                rbm.up(h, None, v, site=site(Purpose.CD, self.layer, 2 * step + 2), **address)
             else:
                 rbm.up(None, h, v)
             start = h
 
-    def _pcd(self, v: Array, chains: Array, h: Array, update: int, row: int) -> None:
+    def _pcd(self, v: Array, chains: Array, h: Array, address: dict[str, Any]) -> None:
         rbm, e = self.rbm, self.estimator
         for step in range(e.k):
-            self._visible(v, chains, update, row, Purpose.CHAIN, 2 * step + 1)
-            address = {"seed": self.seed, "update": update, "site": site(Purpose.CHAIN, self.layer, 2 * step + 2),
-                       "row": row}
+            self._visible(v, chains, Purpose.CHAIN, 2 * step + 1, address)
             last = step == e.k - 1
-            rbm.up(chains, h if last else None, v, **address)
+            rbm.up(chains, h if last else None, v, site=site(Purpose.CHAIN, self.layer, 2 * step + 2), **address)
         if e.last_hidden == "sample":
             h[...] = chains
 
-    def _visible(self, v: Array, h: Array, update: int, row: int, purpose: Purpose, half_step: int) -> None:
+    def _visible(self, v: Array, h: Array, purpose: Purpose, half_step: int, address: dict[str, Any]) -> None:
         rbm = self.rbm
         if self.estimator.reconstruction == "mean":
             rbm.down(None, v, h)
         else:
-            rbm.down(v, None, h, seed=self.seed, update=update, site=site(purpose, self.layer, half_step), row=row)
+            rbm.down(v, None, h, site=site(purpose, self.layer, half_step), **address)
 
 
 def new_chains(count: int, rbm: RBM, *, seed: int, layer: int, row: int = 0) -> np.ndarray:

@@ -14,6 +14,11 @@ It has only what ``gpudbn`` and the benchmarks use, with CuPy's signatures (held
   are counted as what they are: the host waits for the device.
 - ``set`` copies late, when the stream gets there: memory of the host that is written again too early
   is seen.
+- Streams do nothing for one another but what events ask for. Which of them is ahead can be chosen:
+  kernels of the current stream, and copies of others, come at once or as late as events and the
+  host allow (``device.late_kernels``, ``device.late_copies``). What is right whichever comes late
+  waits for all that it needs.
+- In a graph that is being captured may stand what makes no new array.
 
 ``RawModule`` compiles with ``tests/cuda_on_cpu``. Events tell the time of the host.
 """
@@ -25,6 +30,7 @@ import importlib.machinery
 import inspect
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
@@ -42,28 +48,122 @@ class Device:
     waited: int = 0  # times that the host waited for a number
     synchronised: int = 0  # times that it waited for the stream
     launched: list[str] = field(default_factory=list)  # kernels of ours
-    captured: list | None = None  # launches of a graph that is being captured
+    captured: list | None = None  # what is in a graph that is being captured
+    graphs: int = 0  # launches of graphs
     busy: bool = False  # whether work was given to the stream since the host last waited for it
-    late: list = field(default_factory=list)  # copies from the host that the stream has not come to
+    late_kernels: bool = False  # kernels wait until the host or an event needs them
+    late_copies: bool = True  # and so do copies of streams that are not the current one
+
+    def __post_init__(self) -> None:
+        self.main = Stream()
+        self.streams = [self.main]  # the last is the current one
+
+    @property
+    def stream(self) -> Stream:
+        return self.streams[-1]
 
     def work(self) -> None:
         """The stream gets something to do, and comes to all that was before."""
-        assert self.captured is None, "only kernels of ours may go into a graph"
+        assert self.captured is None, "only what makes no new array may go into a graph"
         self.busy = True
-        self.catch_up()
+        self.stream._run()
 
-    def catch_up(self) -> None:
-        for memory, host in self.late:
-            memory[...] = host
-        self.late.clear()
+    def do(self, work) -> None:
+        """The stream does this, or the graph that is being captured will."""
+        if self.captured is not None:
+            self.captured.append(work)
+        else:
+            self.work()
+            work()
+
+    def launch(self, kernel) -> None:
+        """As ``do``, for what may wait until it is needed."""
+        if self.captured is not None:
+            self.captured.append(kernel)
+            return
+        self.busy = True
+        self.stream._enqueue(kernel)
+        if not self.late_kernels:
+            self.stream._run()
 
     def wait(self) -> None:
-        self.catch_up()
+        self.stream._run()
         self.busy = False
 
     def copies(self, direction: str) -> list[tuple[np.dtype, int]]:
         """What went ``to device`` or ``to host``."""
         return [(dtype, size) for way, dtype, size in self.copied if way == direction]
+
+
+class Stream:
+    """Work in its order. It is done when somebody waits for it, or at once where the device says so."""
+
+    def __init__(self, null=False, non_blocking=False):
+        assert not null
+        self.non_blocking = non_blocking
+        self.queue, self.given, self.done = deque(), 0, 0
+
+    def _enqueue(self, work):
+        self.queue.append(work)
+        self.given += 1
+
+    def _run(self, until=None):
+        """Do what was given, or its first ``until`` pieces."""
+        while self.done < (self.given if until is None else until):
+            self.done += 1
+            self.queue.popleft()()
+
+    def __enter__(self):
+        device.streams.append(self)
+        return self
+
+    def __exit__(self, *_):
+        device.streams.pop()
+
+    def synchronize(self):
+        device.synchronised += 1
+        self._run()
+        device.busy = device.busy and self is not device.stream
+
+    def wait_event(self, event):
+        stream, place = event.stream, event.place  # as it is recorded now; it may be recorded again
+        if stream is not None:
+            self._enqueue(lambda: stream._run(place))
+
+    def begin_capture(self):
+        assert self.non_blocking
+        assert device.stream is self
+        device.captured = []
+
+    def end_capture(self):
+        found, device.captured = device.captured, None
+
+        def launch(stream):
+            device.graphs += 1
+            with stream:
+                for work in found:
+                    device.launch(work)
+
+        return SimpleNamespace(launch=launch)
+
+
+class Event:
+    """A moment; in truth the host's."""
+
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        assert (block, interprocess) == (False, False)
+        self.timed = not disable_timing
+        self.moment, self.stream, self.place = 0.0, None, 0
+
+    def record(self, stream=None):
+        self.stream = stream or device.stream
+        self.place = self.stream.given
+        self.moment = time.perf_counter()
+
+    def synchronize(self):
+        if self.stream is not None:
+            self.stream._run(self.place)
+            device.busy = device.busy and self.stream is not device.stream
 
 
 device = Device()
@@ -137,7 +237,6 @@ class ndarray:  # noqa: N801 - CuPy's name
         return out
 
     def set(self, arr, stream=None):
-        assert stream is None
         if not isinstance(arr, np.ndarray):
             raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
         if self.dtype != arr.dtype:
@@ -146,9 +245,12 @@ class ndarray:  # noqa: N801 - CuPy's name
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not self._memory.flags.c_contiguous:
             raise RuntimeError("Cannot set to non-contiguous array")
-        device.work()
+        assert device.captured is None, "a graph would copy from the same place each time"
         device.copied.append(("to device", self.dtype, self.size))
-        device.late.append((self._memory, arr))
+        memory, stream = self._memory, stream or device.stream
+        stream._enqueue(lambda: memory.__setitem__(..., arr))
+        if not device.late_copies and stream is not device.stream:
+            stream._run()
 
     def item(self):
         device.work()
@@ -184,15 +286,18 @@ class ndarray:  # noqa: N801 - CuPy's name
         return ndarray(self._memory[index])
 
     def __setitem__(self, slices, value):
-        device.work()
-        if self._memory.dtype.kind != "c" and np.iscomplexobj(_memory(value)):
+        index, value = _index(slices), _memory(value)
+        if self._memory.dtype.kind != "c" and np.iscomplexobj(value):
             raise TypeError("complex numbers must not be assigned to real ones")
-        self._memory[_index(slices)] = _memory(value)
+        device.do(lambda: self._memory.__setitem__(index, value))
 
     def reshape(self, *shape, order="C", copy=None):
         assert order == "C"
         assert copy is None
         return ndarray(self._memory.reshape(*shape))
+
+    def view(self, dtype=None):
+        return ndarray(self._memory.view(dtype))
 
     def ravel(self, order="C"):
         assert order == "C"
@@ -212,8 +317,8 @@ class ndarray:  # noqa: N801 - CuPy's name
         return ndarray(self._memory.astype(dtype, order))
 
     def fill(self, value):
-        device.work()
-        self._memory.fill(_memory(value))
+        value = _memory(value)
+        device.do(lambda: self._memory.fill(value))
 
     # -- reductions -------------------------------------------------------------------------------
 
@@ -295,9 +400,17 @@ class ufunc:  # noqa: N801 - CuPy's name
         given = [_memory(arg) for arg in args]
         if not any(isinstance(arg, ndarray) for arg in args):
             raise TypeError(f"{self.function.__name__}: one of its arguments must be an array of the device")
-        device.work()
-        with np.errstate(all="ignore"):
-            return _result(self.function(*given, out=_out(out), dtype=dtype, casting=casting), out)
+        into = _out(out)
+
+        def compute():
+            with np.errstate(all="ignore"):
+                return self.function(*given, out=into, dtype=dtype, casting=casting)
+
+        if out is None:
+            device.work()
+            return ndarray(np.asarray(compute()))
+        device.do(compute)
+        return out
 
 
 UFUNCS = ("absolute", "add", "divide", "equal", "exp", "greater", "greater_equal", "isfinite", "less", "less_equal",
@@ -399,8 +512,8 @@ def arange(start, stop=None, step=1, dtype=None):
 
 def copyto(dst, src, casting="same_kind", where=None):
     assert where is None
-    device.work()
-    np.copyto(_array(dst)._memory, _array(src)._memory, casting=casting)
+    to, source = _array(dst)._memory, _array(src)._memory
+    device.do(lambda: np.copyto(to, source, casting=casting))
 
 
 def clip(a, a_min, a_max, out=None):
@@ -432,57 +545,16 @@ class RawModule:
         function = self.module.get_function(name)
 
         def launch(grid, block, args, *, shared_mem=0):
-            if device.captured is not None:
-                device.captured.append(lambda: launch(grid, block, args, shared_mem=shared_mem))
-                return
-            device.work()
-            device.launched.append(name)
-            function(grid, block, tuple(a._memory if isinstance(a, ndarray) else a for a in args),
-                     shared_mem=shared_mem)
+            given = tuple(a._memory if isinstance(a, ndarray) else a for a in args)
+
+            def kernel():
+                device.launched.append(name)
+                function(grid, block, given, shared_mem=shared_mem)
+
+            device.launch(kernel)
 
         launch.max_dynamic_shared_size_bytes = function.max_dynamic_shared_size_bytes
         return launch
-
-
-class Stream:
-    """All streams are one."""
-
-    def __init__(self, null=False, non_blocking=False):
-        assert not null
-        self.non_blocking = non_blocking
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def synchronize(self):
-        device.synchronised += 1
-        device.wait()
-
-    def begin_capture(self):
-        assert self.non_blocking
-        device.captured = []
-
-    def end_capture(self):
-        launches, device.captured = device.captured, None
-        return SimpleNamespace(launch=lambda stream: [launch() for launch in launches])  # noqa: ARG005
-
-
-class Event:
-    """A moment; in truth the host's."""
-
-    def __init__(self, block=False, disable_timing=False, interprocess=False):
-        assert (block, disable_timing, interprocess) == (False, False, False)
-        self.moment = 0.0
-
-    def record(self, stream=None):
-        _ = stream
-        self.moment = time.perf_counter()
-
-    def synchronize(self):
-        device.wait()
 
 
 class _Device:
@@ -503,16 +575,17 @@ class _Device:
 
 
 def get_elapsed_time(start_event, end_event):
+    assert start_event.timed
+    assert end_event.timed
     return 1000 * (end_event.moment - start_event.moment)
 
 
-STREAM = Stream()
 runtime = SimpleNamespace(
     getDeviceCount=lambda: 1, getDevice=lambda: 0,
     getDeviceProperties=lambda number: {"name": b"pretended, kernels on the CPU", "number": number},
     runtimeGetVersion=lambda: 0, driverGetVersion=lambda: 0)
 cuda = SimpleNamespace(runtime=runtime, Device=_Device, Stream=Stream, Event=Event, get_elapsed_time=get_elapsed_time,
-                       get_current_stream=lambda: STREAM, alloc_pinned_memory=bytearray)
+                       get_current_stream=lambda: device.stream, alloc_pinned_memory=bytearray)
 
 random = SimpleNamespace(random=lambda size, dtype: ndarray(np.random.default_rng().random(size, dtype)))
 

@@ -26,7 +26,7 @@ FLOORS = """
     data/idx data/mnist
     data/__init__
     twins
-    optimiser rbm mpi/server mpi/collective
+    optimiser rbm feed graphs mpi/server mpi/collective
     mpi/replica
     mpi/__init__
     dbn

@@ -82,8 +82,8 @@ def test_a_layer_is_trained_on_rows_taken_up_through_the_layers_below(layer, bin
 
 @pytest.mark.parametrize(("binarise", "up", "line", "fault"), [
     ("none", "sample", "site=site(Purpose.UP, layer), **address)", "site=site(Purpose.UP, 0), **address)"),
-    ("none", "sample", "\"update\": piece.update, \"row\": piece.row}", "\"update\": piece.update, \"row\": 0}"),
-    ("none", "sample", "\"update\": piece.update, \"row\": piece.row}", "\"update\": 0, \"row\": piece.row}"),
+    ("none", "sample", "\"update\": piece.update, \"row\": piece.row,", "\"update\": piece.update, \"row\": 0,"),
+    ("none", "sample", "\"update\": piece.update, \"row\": piece.row,", "\"update\": 0, \"row\": piece.row,"),
     ("none", "sample", "if s.up == \"sample\":", "if False:"),
     ("none", "mean", "if s.up == \"sample\":", "if True:"),
     ("none", "mean", "x = self.dbn.shards.gather(h, out=y)", "pass"),

@@ -237,7 +237,7 @@ def test_persistent_chains_stay_exact_while_parameters_stand_still(n, m, k):
      "twins.half_step(sample, mean, h, self.W, self.b, transpose=False"),
     ("twins.half_step(sample, mean, h, self.W, self.b, transpose=True",
      "twins.half_step(sample, mean, h, self.W, 0 * self.b, transpose=True"),
-    ("update, row, Purpose.CHAIN, 2 * step + 1)", "update, row, Purpose.CHAIN, 2 * step + 2)"),  # the same again
+    ("Purpose.CHAIN, 2 * step + 1,", "Purpose.CHAIN, 2 * step + 2,"),  # the same again
     ("if e.last_hidden == \"sample\":\n            h[...] = chains", "if False:\n            h[...] = chains"),
 ])
 def test_persistent_chains_that_go_wrong_are_noticed(line, fault):
@@ -303,8 +303,8 @@ def test_the_statistics_have_the_gradient_of_the_likelihood_as_their_mean(case):
 @pytest.mark.parametrize(("case", "module", "line", "fault"), [
     ("exact chains", reference, "signs[rows:] = -model_weight", "signs[rows:] = -1"),
     ("exact chains", reference, "signs[rows:] = -model_weight", "signs[rows:] = model_weight"),
-    ("exact chains", rbm, "rbm.up(h[:rows], None, v[:rows], **address)",
-     "rbm.up(h[:rows], None, 0 * v[:rows], **address)"),
+    ("exact chains", rbm, "rbm.up(h[:rows], None, v[:rows], site",
+     "rbm.up(h[:rows], None, 0 * v[:rows], site"),
     ("long chains from the data", rbm, "for step in range(e.k):\n            self._visible(v, start,",
      "for step in range(1):\n            self._visible(v, start,"),
     ("long chains from the data", rbm, "            start = h\n", "            pass\n"),  # each step anew from the data
@@ -382,14 +382,16 @@ def test_every_option_of_the_estimator_has_its_value(method, k, data, last, reco
     (Estimator("cd", 3), "if step < e.k - 1 or e.last_hidden == \"sample\":", "if e.last_hidden == \"sample\":"),
     (Estimator("cd", 1), "if step < e.k - 1 or e.last_hidden == \"sample\":", "if True:"),
     (Estimator("cd", 2), "Purpose.CD, self.layer, 2 * step + 2)", "Purpose.CD, self.layer, 2 * step + 1)"),
-    (Estimator("cd", 1), "Purpose.CD, self.layer, 0), \"row\": row}", "Purpose.CD, self.layer, 0), \"row\": 0}"),
+    (Estimator("cd", 1), "_data_phase(v, h, rows, {**address, \"row\": row})",
+     "_data_phase(v, h, rows, {**address, \"row\": 0})"),
     (Estimator("cd", 1), "Purpose.CD, self.layer, 0)", "Purpose.CD, 0, 0)"),
-    (Estimator("cd", 2), "Purpose.CD, 2 * step + 1)", "Purpose.CD, 1)"),  # the same numbers in every step
-    (Estimator("pcd", 2), "update, row, Purpose.CHAIN, 2 * step + 1)", "update, row, Purpose.CHAIN, 1)"),
-    (Estimator("pcd", 1), "update, row, Purpose.CHAIN, 2 * step + 1)", "0, row, Purpose.CHAIN, 2 * step + 1)"),
-    (Estimator("pcd", 1), "h[rows:], update, chain_row)", "h[rows:], update, row)"),
-    (Estimator("pcd", 1), "Purpose.CHAIN, self.layer, 2 * step + 2),\n                       \"row\": row}",
-     "Purpose.CHAIN, self.layer, 2 * step + 2),\n                       \"row\": 0}"),
+    (Estimator("cd", 2), "Purpose.CD, 2 * step + 1,", "Purpose.CD, 1,"),  # the same numbers in every step
+    (Estimator("pcd", 2), "Purpose.CHAIN, 2 * step + 1,", "Purpose.CHAIN, 1,"),
+    (Estimator("pcd", 1), "Purpose.CHAIN, 2 * step + 1, address)",
+     "Purpose.CHAIN, 2 * step + 1, {**address, \"update\": 0})"),
+    (Estimator("pcd", 1), "\"row\": chain_row}", "\"row\": row}"),
+    (Estimator("pcd", 1), "Purpose.CHAIN, self.layer, 2 * step + 2), **address)",
+     "Purpose.CHAIN, self.layer, 2 * step + 2), **{**address, \"row\": 0})"),
     (Estimator("pcd", 2), "h if last else None, v,", "None if last else h, v,"),
     (Estimator("pcd", 1, reconstruction="mean"), "if self.estimator.reconstruction == \"mean\":", "if False:"),
 ])
@@ -443,10 +445,11 @@ def test_a_cut_batch_is_the_whole_batch(case):
 
 
 @pytest.mark.parametrize(("case", "line", "fault"), [
-    (CUTS[0], "Purpose.CD, self.layer, 0), \"row\": row}", "Purpose.CD, self.layer, 0), \"row\": 0}"),
-    (CUTS[0], "site=site(purpose, self.layer, half_step), row=row)", "site=site(purpose, self.layer, half_step))"),
-    (CUTS[3], "self._pcd(v[rows:], moving, h[rows:], update, chain_row)",
-     "self._pcd(v[rows:], moving, h[rows:], update, row)"),
+    (CUTS[0], "_data_phase(v, h, rows, {**address, \"row\": row})",
+     "_data_phase(v, h, rows, {**address, \"row\": 0})"),
+    (CUTS[0], "site=site(purpose, self.layer, half_step), **address)",
+     "site=site(purpose, self.layer, half_step), **{**address, \"row\": 0})"),
+    (CUTS[3], "\"row\": chain_row}", "\"row\": row}"),
     (CUTS[5], "if moving is not None:\n   ", "if rows and moving is not None:\n   "),
     (CUTS[6], "if rows:\n            self._data_phase", "if rows and end > rows:\n            self._data_phase"),
 ])

@@ -46,7 +46,12 @@ class Rows:
         """The number of columns."""
         return self.array.shape[1]
 
-    def _places(self, positions: np.ndarray) -> np.ndarray:
+    @property
+    def kept(self) -> np.dtype:
+        """What entries are kept as on a GPU: bytes, bits and halves as they are, all else as float32."""
+        return self.array.dtype if self.array.dtype in (np.uint8, np.bool_, np.float16) else np.dtype(np.float32)
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
         """Rows of the base array. Out of range is refused: it would read rows of another split."""
         positions = np.asarray(positions)
         if positions.size and positions.astype(np.uint64).max() >= len(self):  # as uint64 negative numbers are huge
@@ -66,31 +71,40 @@ class Rows:
         positions : array (B,), integers in [0, len(self))
             Always a NumPy array.
         out : array (B, n), float32
-            Overwritten. In the place where ``array`` is.
+            Overwritten. Where ``array`` is, or on a GPU: rows of the host are taken there.
         """
-        places, array = self._places(positions), self.array
-        if out.shape != (len(places), self.n) or out.dtype != np.float32:
-            raise ValueError(f"Rows.take: out must be ({len(places)}, {self.n}) float32; got {out.shape} {out.dtype}")
-        xp = arrays.module_of(array, out)
-        if xp is not np:
-            chunk = array[xp.asarray(places)]
-        elif array.flags.c_contiguous and array.flags.aligned:
-            if array.dtype == np.float32 and self.scale == 1:
-                # "clip" saves the copy that "raise" makes of out; the places have been checked
-                np.take(array, places, axis=0, out=out, mode="clip")
-                return
-            chunk = array.take(places, axis=0, mode="clip")
+        if out.shape != (len(positions), self.n) or out.dtype != np.float32:
+            raise ValueError(f"Rows.take: out must be ({len(positions)}, {self.n}) float32; "
+                             f"got {out.shape} {out.dtype}")
+        if arrays.is_gpu(out) and not arrays.is_gpu(self.array):
+            host = np.empty(out.shape, np.float32)
+            self.take(positions, host)
+            out[...] = arrays.to_gpu(host)
+            return
+        xp = arrays.module_of(self.array, out)
+        if xp is np:
+            self.copy(positions, out)
         else:
-            chunk = array[places]  # numpy.take would first copy the whole array
-        xp.copyto(out, chunk, casting="unsafe")
+            xp.copyto(out, self.array[xp.asarray(self.places(positions))], casting="unsafe")
         if self.scale != 1:
             xp.multiply(out, np.float32(self.scale), out=out)
+
+    def copy(self, positions: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out``, array (B, n), with the rows at ``positions``, not scaled. All in memory or on disk."""
+        places, array = self.places(positions), self.array
+        if not array.flags.c_contiguous or not array.flags.aligned:
+            out[...] = array[places]  # numpy.take would first copy the whole array
+        elif array.dtype == out.dtype:
+            # "clip" saves the copy that "raise" makes of out; the places have been checked
+            np.take(array, places, axis=0, out=out, mode="clip")
+        else:
+            out[...] = array.take(places, axis=0, mode="clip")
 
     def take_labels(self, positions: np.ndarray) -> Array:
         """The classes of the rows at ``positions``: array (B,), int32, in the place where ``array`` is."""
         if self.labels is None:
             raise ValueError("Rows.take_labels: the rows must have labels; got none")
-        places = self._places(positions)
+        places = self.places(positions)
         xp = arrays.module_of(self.labels)
         return self.labels[places if xp is np else xp.asarray(places)]
 
@@ -101,7 +115,7 @@ class Rows:
         elif isinstance(index, range):
             chosen = self.index[index.start : index.stop : index.step]
         else:
-            chosen = self._places(index)
+            chosen = self.places(index)
         return Rows(self.array, self.scale, self.labels, chosen)
 
     def shard(self, part: int, parts: int) -> Rows:
@@ -122,12 +136,11 @@ class Rows:
             return Rows(arrays.to_cpu(self.array), self.scale,
                         None if self.labels is None else arrays.to_cpu(self.labels), self.index)
         positions = np.arange(len(self))
-        dtype = self.array.dtype if self.array.dtype in (np.uint8, np.bool_, np.float16) else np.dtype(np.float32)
-        there = xp.empty((len(self), self.n), dtype)
+        there = xp.empty((len(self), self.n), self.kept)
         step = max(1, CHUNK // max(1, self.n * self.array.dtype.itemsize))
         for first in range(0, len(self), step):
-            chunk = self.array[self._places(positions[first : first + step])]
-            there[first : first + step] = xp.asarray(np.ascontiguousarray(chunk, dtype))
+            chunk = self.array[self.places(positions[first : first + step])]
+            there[first : first + step] = xp.asarray(np.ascontiguousarray(chunk, self.kept))
         labels = None if self.labels is None else xp.asarray(self.take_labels(positions))
         return Rows(there, self.scale, labels)
 
