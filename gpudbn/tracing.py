@@ -2,16 +2,19 @@
 
     with span("exchange"): ...
 
-NVTX costs about half a microsecond a range when nobody listens.
+``benchmarks/tracing.py`` measures what a range costs when nobody listens: about 0.25 us.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import nvtx
 
 DOMAIN = "gpudbn"
 
 
-def span(name: str, color: str | None = None):
-    """A context manager and decorator that names a stretch of time in the profile."""
-    return nvtx.annotate(name, color=color, domain=DOMAIN)
+@cache  # to make a range costs three times as much as to open and close one, and it keeps no state
+def span(name: str) -> nvtx.annotate:
+    """A context manager that names a stretch of time in the profile. Names are few: they are kept."""
+    return nvtx.annotate(name, domain=DOMAIN)

@@ -56,18 +56,17 @@ class Asynchronous(Together):
         self._pull_together(parameters)
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
-        with span("exchange"):
-            change = before  # its memory: the old values are needed no more
-            module_of(parameters, before).subtract(parameters, before, out=change)
-            self._push(change)
-            if fetch:
-                self._pull(parameters)
-                if self._contained() < self._sequence:
-                    parameters += change
-                self._base = int(self._header[0]) + self._sequence - self._contained()
-            else:
-                self._base += 1
-            before[...] = parameters
+        change = before  # its memory: the old values are needed no more
+        module_of(parameters, before).subtract(parameters, before, out=change)
+        self._push(change)
+        if fetch:
+            self._pull(parameters)
+            if self._contained() < self._sequence:
+                parameters += change
+            self._base = int(self._header[0]) + self._sequence - self._contained()
+        else:
+            self._base += 1
+        before[...] = parameters
 
     def meet(self, parameters: Array) -> None:
         with span("meet"):
