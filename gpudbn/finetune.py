@@ -50,6 +50,7 @@ class FinetunePhase(Phase):
         fits = dbn.classifier is not None and dbn.classifier[f"c{self.depth}"].size == classes
         self.net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
         self.parameters = self.net.flat
+        self.exchanged = self.parameters.size
         self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
         self.epochs, self.patience = settings.finetune_epochs, settings.finetune_patience
         self.batch = settings.finetune_batch or settings.batch

@@ -250,11 +250,11 @@ class Training:
         self.updates += 1
 
     def _buffers(self, phase: Phase, count: int) -> list[Array]:
-        """Vectors of the size of the phase's parameters, allocated once."""
-        if not self._vectors or self._vectors[0].shape != phase.parameters.shape:
+        """Vectors for the phase's sums, allocated once."""
+        if not self._vectors or self._vectors[0].size != phase.exchanged:
             self._vectors = []
         while len(self._vectors) < count:
-            self._vectors.append(self.dbn.xp.empty_like(phase.parameters))
+            self._vectors.append(self.dbn.xp.empty(phase.exchanged, np.float32))
         return self._vectors[:count]
 
     # -- who takes which rows ---------------------------------------------------------------------

@@ -20,6 +20,7 @@ from gpudbn.data import Rows
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
+from gpudbn.offsets import Offsets
 from gpudbn.optimiser import schedule
 from gpudbn.rbm import Contrast, Estimator
 from gpudbn.settings import Settings
@@ -49,6 +50,7 @@ class Phase(Protocol):
     keeps_best: bool
     better: tuple[str, ...]  # the measures whose fall on the validation rows is progress; ties go to the next
     parameters: Array
+    exchanged: int  # entries of ``sums``
     chains: Array | None
     measures: tuple[str, ...]
 
@@ -61,7 +63,7 @@ class Phase(Protocol):
         ...
 
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
-        """``out`` (size,) <- sums over the rows of one piece, pointing uphill."""
+        """``out`` (exchanged,) <- sums over the rows of a piece: the gradient, uphill, and what more ``step`` needs."""
         ...
 
     def step(self, sums: Array, count: int) -> None:
@@ -106,6 +108,12 @@ class LayerPhase(Phase):
         estimator = Estimator(settings.method, settings.k, settings.data_hidden, settings.last_hidden,
                               settings.reconstruction)
         self.contrast = Contrast(self.rbm, rows, estimator, seed=settings.seed, layer=layer, chains=chains)
+        n, m = self.rbm.n, self.rbm.width
+        centring, target = settings.centring != "off", settings.sparsity_target
+        self.offsets = Offsets(n, m, len(self.contrast.v), centring=centring, target=target,
+                               cost=settings.sparsity_cost, xp=dbn.xp, shards=dbn.shards
+                               ) if centring or target else None
+        self.exchanged = self.parameters.size + (n + m if self.offsets else 0)
         self.velocity = dbn.xp.zeros_like(self.parameters)
         self.gradient = dbn.xp.empty_like(self.parameters)
         # values of the layers below on the way up: visible units; and, where layers are cut, the hidden units here
@@ -117,7 +125,7 @@ class LayerPhase(Phase):
 
     def state(self) -> dict[str, Array]:
         """What a checkpoint keeps besides parameters and chains."""
-        return {"velocity": self.velocity}
+        return {"velocity": self.velocity, **(self.offsets.state if self.offsets else {})}
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Set rate and momentum of epoch ``epoch`` (from 0)."""
@@ -157,24 +165,32 @@ class LayerPhase(Phase):
                                   chain_row=piece.chain_row, clock=piece.clock)
 
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
-        """``out`` (size,) <- the sums of ``cd_sums`` over one piece of a batch, W, b, c end to end."""
+        """``out`` (exchanged,) <- the sums of ``cd_sums`` over one piece: W, b, c; with offsets also ``moved``."""
         v, h = self._fill(rows, piece)
-        n, m = self.rbm.n, self.rbm.width
-        dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n :]
-        self.twins.cd_sums(dW, db, dc, v, h, len(piece.positions), model_weight=piece.model_weight)
+        n, m, size = self.rbm.n, self.rbm.width, self.parameters.size
+        dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n : size]
+        count = len(piece.positions)
+        centred = self.offsets.centre(v, h, count, out[size:]) if self.offsets else {}
+        self.twins.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight, **centred)
 
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
-        self.twins.momentum_step(self.parameters, self.velocity, sums, weights=self.rbm.n * self.rbm.width,
+        size = self.parameters.size
+        self.twins.momentum_step(self.parameters, self.velocity, sums[:size], weights=self.rbm.n * self.rbm.width,
                                  scale=1 / count, rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
+        if self.offsets:
+            self.offsets.step(sums[size:], count)
 
     def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one: a single kernel on a GPU."""
         v, h = self._fill(rows, piece)
-        self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h,
-                             len(piece.positions), model_weight=piece.model_weight, rate=self.rate,
-                             momentum=self.momentum, decay=self.settings.decay,
-                             rates=None if piece.clock is None else self.rates)
+        count = len(piece.positions)
+        centred = self.offsets.centre(v, h, count) if self.offsets else {}
+        self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h, count,
+                             model_weight=piece.model_weight, **centred, rate=self.rate, momentum=self.momentum,
+                             decay=self.settings.decay, rates=None if piece.clock is None else self.rates)
+        if self.offsets:
+            self.offsets.step(self.offsets.moved, count)
 
     def _inputs(self, rows: Source, positions: np.ndarray) -> Array:
         """Mean-field visible units of this layer for evaluation: no draws. Array (B, n)."""
@@ -196,6 +212,9 @@ class LayerPhase(Phase):
         return (total / count).astype(np.float32)
 
     def initialise(self, rows: Rows) -> None:
-        """Initial parameters: small weights, visible biases from the data. The same on every replica."""
+        """Initial parameters: small weights, biases for the means of the units. The same on every replica."""
+        means, hidden_mean = self.visible_means(rows), self.settings.sparsity_target or 0.5
         self.rbm.initialise(sd=self.settings.initial_weights, seed=self.settings.seed, layer=self.layer,
-                            visible_means=self.visible_means(rows))
+                            visible_means=means, hidden_mean=hidden_mean)
+        if self.offsets:
+            self.offsets.begin(means, hidden_mean)

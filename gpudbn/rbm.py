@@ -66,8 +66,9 @@ class RBM:
         """Hidden biases (m,)."""
         return self.parameters["c"]
 
-    def initialise(self, *, sd: float, seed: int, layer: int = 0, visible_means: Array | None = None) -> None:
-        """W ~ N(0, sd^2), c = 0, b_i = log(p_i / (1 - p_i)) with p the means of the training rows.
+    def initialise(self, *, sd: float, seed: int, layer: int = 0, visible_means: Array | None = None,
+                   hidden_mean: float = 0.5) -> None:
+        """W ~ N(0, sd^2), b_i = log(p_i / (1 - p_i)) with p the means of the training rows; c of ``hidden_mean``.
 
         The means (n,) are kept away from 0 and 1 by 1/1000, so that a constant unit gets a strong, finite bias.
         Hinton (2012), section 8.
@@ -76,7 +77,7 @@ class RBM:
         W = np.empty((self.n, self.width), np.float32)
         normals(W, seed=seed, update=0, site=site(Purpose.INITIALISATION, layer), **self.columns)
         self.W[...] = xp.asarray(W) * np.float32(sd)
-        self.c[...] = 0
+        self.c[...] = np.log(hidden_mean / (1 - hidden_mean))
         self.b[...] = 0
         if visible_means is not None:
             p = xp.clip(xp.asarray(visible_means), 1e-3, 1 - 1e-3)

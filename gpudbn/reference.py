@@ -22,8 +22,8 @@ from gpudbn.draws import uniforms
 from gpudbn.scratch import PIECE, Scratch
 
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
-           "cd_update", "cd_update_wgmma", "gather", "half_step", "half_step_wgmma", "momentum_step",
-           "note_not_finite", "sgd_step", "sigmoid", "uniforms"]
+           "cd_update", "cd_update_wgmma", "centre", "gather", "half_step", "half_step_wgmma", "momentum_step",
+           "note_not_finite", "offsets_step", "sgd_step", "sigmoid", "uniforms"]
 
 _scratch = Scratch()
 
@@ -119,7 +119,89 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", se
              clock=clock)
 
 
-def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
+def centre(v, h, ones, offsets, rows):
+    """v <- v - mu,  h <- h - lambda_k;  ones[k] <- 1 - h_k.lambda,  ones[K + k] <- 1 - v_k.mu.
+
+    Before ``cd_sums``, which then makes the centred gradient.
+
+    Parameters
+    ----------
+    v, h : arrays (K, n), (K, m), float32
+        Modified.
+    ones : array (2 K,), float32
+        Overwritten, from what has become of v and h: what the biases b, then c, are weights to.
+    offsets : array (n + 2 m,), float32
+        mu, lambda0, lambda end to end: of visible units, of hidden units in the data phase, in the model phase.
+    rows : int
+        The first rows are the data phase, whose lambda_k is lambda0.
+
+    Notes
+    -----
+    Montavon & Mueller, "Deep Boltzmann machines and the centering trick" (2012), write the RBM with centred
+    units; Melchior, Fischer & Wiskott, "How to center deep Boltzmann machines" (2016), section 3, take its
+    gradient back to W, b, c. With signs s_k, 1 in the data phase and -w in the model phase, which add up to 0:
+
+        dW = sum s (v - mu)(h - lambda)^T
+        db = sum s v - dW lambda = sum s (v - mu) (1 - (h - lambda).lambda)
+        dc = sum s h - dW^T mu   = sum s (h - lambda) (1 - (v - mu).mu)
+
+    Each is one sum over rows, so that the parts of a cut batch may be added. That lambda0 may differ from
+    lambda is the sparsity of ``offsets_step``.
+    """
+    (K, n), m = v.shape, h.shape[1]
+    mu, data, model = np.split(offsets, (n, n + m))
+    np.subtract(v, mu, out=v)
+    np.subtract(h[:rows], data, out=h[:rows])
+    np.subtract(h[rows:], model, out=h[rows:])
+    np.matmul(h, model, out=ones[:K])
+    np.matmul(v, mu, out=ones[K:])
+    np.subtract(np.float32(1), ones, out=ones)
+
+
+def offsets_step(means, offsets, moved, n, m, *, scale, keep, centring, target, cost):
+    """means <- keep means + (1 - keep) means of the data rows; the offsets of the next update follow from them.
+
+        mu = round(mean v),  lambda = round(mean h)  with centring, 0 without
+        lambda0 = lambda + cost (mean h - target)
+
+    Parameters
+    ----------
+    means : array (n + m,), float32
+        Modified: moving averages over the data rows of v and h.
+    offsets : array (n + 2 m,), float32
+        Modified; as in ``centre``.
+    moved : array (n + m,), float32
+        Sums over all data rows of v - mu and h - lambda0, from ``cd_sums``.
+    n, m : int
+    scale : float
+        One over the number of data rows.
+    keep : float
+        How much of the averages is kept.
+    centring : bool
+    target, cost : float
+        Sparsity; a cost of 0 turns it off.
+
+    Notes
+    -----
+    Any offsets are right: they change which way is uphill, not where the top is. They are rounded to
+    multiples of 1/256, so that v - mu and h - lambda are exact in bfloat16 for samples.
+
+    Sparsity is that of Hinton (2012), section 11: the derivative cost (q - p) of the cross-entropy between
+    target p and moving average q, with respect to the input of a hidden unit, for its bias and its weights
+    alike. In each data row it is subtracted from h0.
+    """
+    mu, data, model = np.split(offsets, (n, n + m))
+    now = np.multiply(moved, np.float32(scale))
+    now[:n] += mu
+    now[n:] += data
+    means += np.float32(1 - keep) * (now - means)
+    steps = np.float32(256)
+    np.divide(np.rint(means * steps), steps, out=now) if centring else now.fill(0)
+    mu[...], model[...] = now[:n], now[n:]
+    np.add(model, np.float32(cost) * (means[n:] - np.float32(target)), out=data)
+
+
+def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, precision="fp32"):
     """dW <- v0^T h0 - w vk^T hk,  db <- sum v0 - w sum vk,  dc <- sum h0 - w sum hk.
 
     Divided by the number of rows, this is the CD-k estimate of the gradient of the mean
@@ -136,6 +218,10 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
         B, the rows of the data phase.
     model_weight : float
         w: 1 for CD; for PCD the rows of the global batch divided by all chains.
+    ones : array (2 (rows + C),), float32, optional
+        With v and h from ``centre``: what b and c are weights to. None: all 1. Not with ``precision`` 'exact'.
+    moved : array (n + m,), float32
+        With ``ones`` only: overwritten with the sums over the data rows of v and h, for ``offsets_step``.
     precision : 'fp32' or 'exact'
         As in ``half_step``.
 
@@ -146,6 +232,9 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
     project comes from has the signs the other way.)
     """
     if precision == "exact":
+        if ones is not None:
+            raise ValueError("cd_sums: ones must be None where precision is exact, since centred units are no whole "
+                             "numbers; got an array")
         exact.cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight)
         return
     signs = _scratch.get("signs", (len(v),))
@@ -153,8 +242,16 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
     signs[rows:] = -model_weight
     signed = np.multiply(h, signs[:, None], out=_scratch.get("signed", h.shape))
     np.matmul(v.T, signed, out=dW)
-    np.matmul(signs, v, out=db)
-    np.sum(signed, axis=0, out=dc)
+    K, n = v.shape
+    if ones is None:
+        np.matmul(signs, v, out=db)
+        np.sum(signed, axis=0, out=dc)
+    else:
+        np.matmul(np.multiply(signs, ones[:K], out=signs), v, out=db)
+        np.matmul(ones[K:], signed, out=dc)
+    if moved is not None:
+        np.sum(v[:rows], axis=0, out=moved[:n])
+        np.sum(h[:rows], axis=0, out=moved[n:])
 
 
 def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):
@@ -313,8 +410,8 @@ def _shrink(W, shrink):
         np.multiply(W, np.float32(shrink), out=W)
 
 
-def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
-              rates=None, precision="fp32"):
+def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None, rate,
+              momentum, decay, rates=None, precision="fp32"):
     """One CD-k update of an RBM: ``cd_sums`` and ``momentum_step`` in one.
 
     Parameters
@@ -325,41 +422,41 @@ def cd_update(parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=
         Work space of the NumPy twin; its content afterwards is not specified.
     n, m : int
         Visible and hidden units.
-    v, h, rows, model_weight, precision
+    v, h, rows, model_weight, ones, moved, precision
         As in ``cd_sums``.
     rate, momentum, decay, rates
         As in ``momentum_step``.
     """
-    _cd_gradient(gradient, n, m, v, h, rows, model_weight, precision)
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved, precision)
     momentum_step(parameters, velocity, gradient, weights=n * m, scale=1 / rows, rate=rate, momentum=momentum,
                   decay=decay, rates=rates)
 
 
-def cd_sgd(parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, rates=None):
+def cd_sgd(parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None, rate, decay, rates=None):
     """``cd_sums`` and ``sgd_step`` in one: applies activations without writing their gradient.
 
     Parameters as in ``cd_update`` and ``sgd_step``.
     """
-    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved)
     sgd_step(parameters, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, rates=rates)
 
 
-def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, eps=1e-8,
-               rates=None):
+def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None, rate, decay,
+               eps=1e-8, rates=None):
     """``cd_sums`` and ``adagrad_step`` in one: applies activations without writing their gradient.
 
     Parameters as in ``cd_update`` and ``adagrad_step``.
     """
-    _cd_gradient(gradient, n, m, v, h, rows, model_weight)
+    _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved)
     adagrad_step(parameters, squares, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, eps=eps,
                  rates=rates)
 
 
-def _cd_gradient(gradient, n, m, v, h, rows, model_weight, precision="fp32"):
+def _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved, precision="fp32"):
     """``cd_sums`` end to end in ``gradient`` (n m + n + m,)."""
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
-    cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, precision=precision)
+    cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, ones=ones, moved=moved, precision=precision)
 
 
 def gather(out, data, order, *, first=0, scale=1.0, offset=None):

@@ -25,6 +25,7 @@ Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda x: x >= 0, "be at least 0")
 AT_LEAST_1: Rule = (lambda x: x >= 1, "be at least 1")
 POSITIVE: Rule = (lambda x: 0 < x < float("inf"), "be above 0")
+BETWEEN: Rule = (lambda x: 0 < x < 1, "lie between 0 and 1")
 BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
 SEED: Rule = (lambda x: 0 <= x < 1 << 64, "lie in [0, 2**64)")
 
@@ -81,6 +82,13 @@ class Settings:
                                   metavar="N")
     decay: float = option(2e-4, "L2 decay of the weights (times the learning rate)", group="pretraining",
                           rule=AT_LEAST_0)
+    centring: str = option("off", "data: the gradient is that of units less their mean over the data, by a moving "
+                           "average; learns as well on data that are mostly 1 as on data that are mostly 0",
+                           group="pretraining", choices=("off", "data"))
+    sparsity_target: float | None = option(None, "share of the data for which a hidden unit is to be 1 (default: no "
+                                           "target)", group="pretraining", rule=BETWEEN, metavar="P")
+    sparsity_cost: float = option(0.1, "how much a hidden unit is drawn to --sparsity-target", group="pretraining",
+                                  rule=AT_LEAST_0, metavar="COST")
     patience: int = option(0, "end a layer after this many epochs without progress of the reconstruction of held-out "
                            "rows (0: never)", group="pretraining", rule=AT_LEAST_0, metavar="N")
     data_hidden: str = option("sample", "hidden units of the data phase in the gradient", group="estimator",

@@ -7,12 +7,15 @@
 // dW, db, dc                     (n, m), (n,), (m,)  out
 // parameters, velocity, squares  (n m + n + m,)      in and out: W, b, c end to end; no gradient is written
 // v, h                           (K, n), (K, m)      in; the first `rows` rows are v0, h0, the others vk, hk
-// rates                 (3,)                in, or null: rate_scale, momentum, rate_decay
+// ones                           (2 K,)              in, or null: with centred units, what b and c are weights to; null for 1
+// moved                          (n + m,)            out, or null; with `ones` only: sum v0, sum h0
+// rates                          (3,)                in, or null: rate_scale, momentum, rate_decay
 //
 // Both products are one, over all K rows, with the sign in h. The biases are weights to a unit that is always 1: the product
-// is (n + 1, m + 1), its last column is db, its last row dc, its corner is not used.
+// is (n + 1, m + 1), its column m is db, its row n dc. `ones` stand in the place of 1. For `moved` it is (n + 2, m + 2): a
+// further unit is 1 in the data phase alone. Where two such units meet is not used.
 //
-// Launch: one block of THREADS threads a tile of (n + 1, m + 1); x: tiles of columns, y: tiles of rows. Tails guarded.
+// Launch: one block of THREADS threads a tile of the product; x: tiles of columns, y: tiles of rows. Tails guarded.
 // Numerics: float32 sums, SLICES partial sums of K / SLICES terms; exact for samples of 0 and 1 up to 2^24 rows.
 // Source: Hinton, "Training products of experts by minimizing contrastive divergence" (2002); momentum.cuh, decoupled.cuh.
 // Twins: reference.cd_sums, reference.cd_update, reference.cd_sgd, reference.cd_adagrad
@@ -31,60 +34,64 @@ __device__ __forceinline__ Layer layer_in(float* flat, int n, int m)
     return {flat, biases, biases + n};
 }
 
-__device__ __forceinline__ void set_one(float4& quad, int i)
+// Puts the two units behind the last one, number `size`, into the quad of a row from unit `first` on.
+__device__ __forceinline__ void set_ones(float4& quad, int first, int size, const float* ones, int one, bool data)
 {
-    if (i == 0) quad.x = 1.0f;
-    if (i == 1) quad.y = 1.0f;
-    if (i == 2) quad.z = 1.0f;
-    if (i == 3) quad.w = 1.0f;
+    if (first + 3 < size) return;
+    float bias = ones ? ones[one] : 1.0f;
+    auto unit = [&](int i, float x) { return i == size ? bias : i == size + 1 ? float(data) : x; };
+    quad = make_float4(unit(first, quad.x), unit(first + 1, quad.y), unit(first + 2, quad.z), unit(first + 3, quad.w));
 }
 
-// Calls weights(i, j, sums) for each quad of dW and bias(layer entry, sum) through `entry` for each sum of db and dc.
+// Calls use_weights(i, j, sums) for each quad of dW, use_bias(true, i, sum) for each sum of db, use_bias(false, j, sum) of dc.
 template <class UseWeights, class UseBias>
-__device__ __forceinline__ void cd_tile(const float* v, const float* h, int n, int m, int K, int rows, float model_weight,
+__device__ __forceinline__ void cd_tile(const float* v, const float* h, const float* ones, float* moved,
+                                        int n, int m, int K, int rows, float model_weight,
                                         UseWeights use_weights, UseBias use_bias)
 {
     int first_row = blockIdx.y * TILE_ROWS, first_column = blockIdx.x * TILE_COLUMNS;
-    auto with_one = [&](float4& quad, int line, int k) {
-        if (k < K) set_one(quad, n - line);
+    auto with_ones = [&](float4& quad, int line, int k) {
+        if (k < K) set_ones(quad, line, n, ones, K + k, k < rows);
     };
-    auto with_one_and_sign = [&](float4& quad, int line, int k) {
-        if (k < K) set_one(quad, m - line);
+    auto with_ones_and_sign = [&](float4& quad, int line, int k) {
+        if (k < K) set_ones(quad, line, m, ones, k, k < rows);
         float sign = k < rows ? 1.0f : -model_weight;
         quad = make_float4(quad.x * sign, quad.y * sign, quad.z * sign, quad.w * sign);
     };
     Matrix<ALONG_LINES> a(v, n, K), b(h, m, K);
-    product(a, b, first_row, first_column, with_one, with_one_and_sign, [&](int tile_row, int tile_column, float4 sum) {
+    product(a, b, first_row, first_column, with_ones, with_ones_and_sign, [&](int tile_row, int tile_column, float4 sum) {
         int i = first_row + tile_row, j = first_column + tile_column;
-        if (i > n || j > m) return;
+        if (i > n + 1 || j > m + 1) return;
         float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         if (i < n && j < m) use_weights(i, j, sum);
 #pragma unroll
         for (int s = 0; s < 4; s++) {
             if (i < n && j + s == m) use_bias(true, i, sums[s]);
             if (i == n && j + s < m) use_bias(false, j + s, sums[s]);
+            if (moved && i < n && j + s == m + 1) moved[i] = sums[s];
+            if (moved && i == n + 1 && j + s < m) moved[n + j + s] = sums[s];
         }
     });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-cd_sums(float* dW, float* db, float* dc, const float* __restrict__ v, const float* __restrict__ h,
-        int n, int m, int K, int rows, float model_weight)
+cd_sums(float* dW, float* db, float* dc, float* moved, const float* __restrict__ v, const float* __restrict__ h,
+        const float* __restrict__ ones, int n, int m, int K, int rows, float model_weight)
 {
     bool aligned = quads_aligned(dW, m);
-    cd_tile(v, h, n, m, K, rows, model_weight,
+    cd_tile(v, h, ones, moved, n, m, K, rows, model_weight,
             [&](int i, int j, float4 sum) { store_quad(dW + (long long)i * m, j, m, aligned, sum); },
             [&](bool visible, int i, float sum) { (visible ? db : dc)[i] = sum; });
 }
 
 // Calls step(parameter, its state, sum, decays) for each entry of the gradient. `state` is null for a rule that keeps nothing.
 template <class Step>
-__device__ __forceinline__ void cd_step(float* parameters, float* state, const float* v, const float* h,
-                                        int n, int m, int K, int rows, float model_weight, Step step)
+__device__ __forceinline__ void cd_step(float* parameters, float* state, float* moved, const float* v, const float* h,
+                                        const float* ones, int n, int m, int K, int rows, float model_weight, Step step)
 {
     Layer p = layer_in(parameters, n, m), u = state ? layer_in(state, n, m) : Layer{};
     bool aligned = quads_aligned(p.W, m) && quads_aligned(u.W, m);
-    cd_tile(v, h, n, m, K, rows, model_weight,
+    cd_tile(v, h, ones, moved, n, m, K, rows, model_weight,
             [&](int i, int j, float4 sum) {
                 float *p_row = p.W + (long long)i * m, *u_row = u.W + (long long)i * m;
                 float4 weight = load_quad(p_row, j, m, aligned), kept = {};
@@ -103,30 +110,30 @@ __device__ __forceinline__ void cd_step(float* parameters, float* state, const f
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-cd_update(float* parameters, float* velocity, const float* __restrict__ v, const float* __restrict__ h,
-          int n, int m, int K, int rows, float model_weight, float rate_scale, float momentum, float rate_decay,
-          const float* rates)
+cd_update(float* parameters, float* velocity, float* moved, const float* __restrict__ v, const float* __restrict__ h,
+          const float* __restrict__ ones, int n, int m, int K, int rows, float model_weight,
+          float rate_scale, float momentum, float rate_decay, const float* rates)
 {
     Rates r(rate_scale, momentum, rate_decay, rates);
-    cd_step(parameters, velocity, v, h, n, m, K, rows, model_weight,
+    cd_step(parameters, velocity, moved, v, h, ones, n, m, K, rows, model_weight,
             [&](float& p, float& u, float sum, bool decays) { step(p, u, sum, r, decays); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-cd_sgd(float* parameters, const float* __restrict__ v, const float* __restrict__ h,
-       int n, int m, int K, int rows, float model_weight, float scale, float rate, float shrink, const float* rates)
+cd_sgd(float* parameters, float* moved, const float* __restrict__ v, const float* __restrict__ h,
+       const float* __restrict__ ones, int n, int m, int K, int rows, float model_weight, float scale, float rate, float shrink, const float* rates)
 {
     Decoupled rule(scale, rate, shrink, rates);
-    cd_step(parameters, nullptr, v, h, n, m, K, rows, model_weight,
+    cd_step(parameters, nullptr, moved, v, h, ones, n, m, K, rows, model_weight,
             [&](float& p, float&, float sum, bool decays) { rule.sgd(p, sum, decays); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-cd_adagrad(float* parameters, float* squares, const float* __restrict__ v, const float* __restrict__ h,
-           int n, int m, int K, int rows, float model_weight, float eps, float scale, float rate, float shrink,
+cd_adagrad(float* parameters, float* squares, float* moved, const float* __restrict__ v, const float* __restrict__ h,
+           const float* __restrict__ ones, int n, int m, int K, int rows, float model_weight, float eps, float scale, float rate, float shrink,
            const float* rates)
 {
     Decoupled rule(scale, rate, shrink, rates);
-    cd_step(parameters, squares, v, h, n, m, K, rows, model_weight,
+    cd_step(parameters, squares, moved, v, h, ones, n, m, K, rows, model_weight,
             [&](float& p, float& q, float sum, bool decays) { rule.adagrad(p, q, sum, eps, decays); });
 }

@@ -44,6 +44,7 @@ OPTIONS = [
     {"k": 3, "data_hidden": "mean", "last_hidden": "sample", "up": "mean", "optimiser": "sgd", "decay": 0.0},
     {"method": "pcd", "last_hidden": "sample", "binarise": "stochastic", "order": "fixed", "input_dropout": 0.0},
     {"reconstruction": "mean", "patience": 1, "dropout": 0.0, "finetune_decay": 0.01},
+    {"centring": "data", "sparsity_target": 0.2, "method": "pcd"},
 ]
 # Equal draws, and in these runs no u within rounding of its p: so the two runs differ by the rounding of sums alone,
 # which some 50 updates do not grow beyond 2e-5 (seen). One sample that differs moves some parameter by 1e-2 and more.

@@ -20,13 +20,13 @@ FLOORS = """
     arrays exact settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
-    cuda/draws cuda/elementwise cuda/exact cuda/turns cuda/wgmma data/checks
+    cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/turns cuda/wgmma data/checks
     cuda/layers
     cuda/__init__ data/files
     data/idx data/mnist
     data/__init__
     twins
-    optimiser rbm feed graphs mpi/server mpi/collective
+    offsets optimiser rbm feed graphs mpi/server mpi/collective
     mpi/replica
     mpi/__init__
     dbn

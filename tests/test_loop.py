@@ -43,7 +43,9 @@ def timeless(records):
 
 
 ESTIMATORS = [{}, {"method": "pcd", "k": 2}, {"optimiser": "sgd", "last_hidden": "sample", "up": "mean"},
-              {"binarise": "stochastic", "order": "fixed", "method": "pcd"}, {"data_hidden": "mean", "patience": 1}]
+              {"binarise": "stochastic", "order": "fixed", "method": "pcd"},
+              {"centring": "data", "sparsity_target": 0.2, "method": "pcd"},
+              {"centring": "data", "sparsity_target": 0.2, "order": "fixed"}, {"data_hidden": "mean", "patience": 1}]
 
 
 @pytest.mark.parametrize("options", ESTIMATORS)
@@ -84,9 +86,9 @@ def test_an_interrupt_in_the_middle_of_an_epoch_changes_no_bit(options, monkeypa
             assert np.array_equal(array, second.dbn.arrays()[name]), f"stopped after {turns} turns: {name}"
 
 
-@pytest.mark.parametrize("lost", ["velocity", "chains", "updates"])
+@pytest.mark.parametrize("lost", ["velocity", "chains", "updates", "means", "offsets"])
 def test_forgetting_any_part_of_the_state_is_noticed(lost):
-    settings = small_settings(method="pcd", learning_rate=0.5)
+    settings = small_settings(method="pcd", learning_rate=0.5, centring="data")
     whole, first, second = (training(settings) for _ in range(3))
     list(whole.run())
     list(itertools.islice(first.run(), 2))
@@ -110,12 +112,13 @@ class Slice(Alone):
 
 
 @pytest.mark.parametrize("order", ["fast", "fixed"])
-@pytest.mark.parametrize("method", ["cd", "pcd"])
+@pytest.mark.parametrize(("method", "conditions"), [("cd", {}), ("pcd", {}), ("pcd", {"centring": "data"}),
+                                                    ("cd", {"centring": "data", "sparsity_target": 0.2})])
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("present", [8, 7, 2, 1])
-def test_one_update_is_the_same_on_any_cut_of_the_batch(order, method, index, present):
+def test_one_update_is_the_same_on_any_cut_of_the_batch(order, method, conditions, index, present):
     """Sums agree to rounding, and so every sample is the same; also for a short last batch and chains."""
-    settings = small_settings(order=order, method=method, k=2, finetune_batch=8)
+    settings = small_settings(order=order, method=method, k=2, finetune_batch=8, **conditions)
     positions = np.arange(3, 3 + present)
     results = []
     for replicas in (1, 2, 3, 5):
@@ -128,7 +131,7 @@ def test_one_update_is_the_same_on_any_cut_of_the_batch(order, method, index, pr
             if index < 2:  # weights strong enough that samples matter
                 phase.parameters *= 50
             for piece in run._pieces(phase, positions):
-                sums = np.full_like(phase.parameters, np.nan)
+                sums = np.full(phase.exchanged, np.nan, np.float32)
                 phase.sums(sums, run.data.train, piece)
                 total = total + sums
             chains.append(phase.chains)

@@ -282,7 +282,7 @@ def test_an_update_is_sums_and_a_step(name):
     ("momentum", "scale=1 / rows, rate=rate, momentum", "scale=1 / len(v), rate=rate, momentum"),
     ("sgd", "scale=1 / rows, rate=rate, decay=decay, rates", "scale=1 / len(v), rate=rate, decay=decay, rates"),
     ("adagrad", "scale=1 / rows, rate=rate, decay=decay, eps", "scale=1 / len(v), rate=rate, decay=decay, eps"),
-    ("momentum", "rows, model_weight=model_weight, precision=precision)", "rows, precision=precision)"),
+    ("momentum", "model_weight=model_weight, ones=ones,", "ones=ones,"),
     ("sgd", "weights = n * m\n", "weights = n * m + n\n"),
     ("adagrad", "gradient[weights : weights + n], gradient[weights + n :]",
      "gradient[weights + m :], gradient[weights : weights + m]"),

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpudbn import DBN, finetune, pretrain, rbm
+from gpudbn import DBN, finetune, offsets, pretrain, rbm
 from gpudbn.data import DataSet, Rows
 from gpudbn.errors import UserError
 from gpudbn.finetune import FinetunePhase
@@ -206,22 +206,24 @@ def test_initial_weights_are_those_of_the_whole_layer(count):
 # ------------------------------------------------------------------------------------------------- one update
 
 
-def a_layer_update(shards, method, k, up="sample", layer=2):
+def a_layer_update(shards, method, k, up="sample", layer=2, **options):
     """Parameters after one update of the third layer, and what was drawn."""
     dbn = stack(shards)
-    s = replace(SETTINGS, method=method, k=k, up=up, decay=0.1)
+    s = replace(SETTINGS, method=method, k=k, up=up, decay=0.1, **options)
     chains = new_chains(13, dbn.layers[layer], seed=SEED, layer=layer) if method == "pcd" else None
     phase = LayerPhase(dbn, layer, s, rows=13, chains=chains)
+    if phase.offsets:
+        phase.offsets.begin(np.linspace(0.1, 0.9, phase.rbm.n, dtype=np.float32), 0.3)
     phase.begin_epoch(0)
     phase.update(table(), Piece(np.arange(13), 7, 3, slice(0, 13), 3, 1.0))
     drawn = {"v": phase.contrast.v.copy(), "h": dbn.shards.gather(phase.contrast.h)}
     return dbn.arrays(), drawn, phase.measure(table(), np.arange(13))
 
 
-def check_layer_update(count, method, k, up="sample", layer=2):
-    arrays, drawn, measured = a_layer_update(WHOLE, method, k, up, layer)
+def check_layer_update(count, method, k, up="sample", layer=2, **options):
+    arrays, drawn, measured = a_layer_update(WHOLE, method, k, up, layer, **options)
     before = stack().arrays()
-    for found, seen, means in on_shards(count, lambda shards: a_layer_update(shards, method, k, up, layer)):
+    for found, seen, means in on_shards(count, lambda shards: a_layer_update(shards, method, k, up, layer, **options)):
         for name in drawn:  # samples are the same; the last hidden units, and inputs that are means, to rounding
             assert_close(seen[name], drawn[name], atol=2e-6)
         for name, array in arrays.items():
@@ -234,6 +236,11 @@ def check_layer_update(count, method, k, up="sample", layer=2):
 @pytest.mark.parametrize(("method", "k"), [("cd", 1), ("cd", 3), ("pcd", 5)])
 def test_one_pretraining_update_is_that_of_the_whole_layer(count, method, k):
     check_layer_update(count, method, k)
+
+
+@COUNTS
+def test_one_centred_update_is_that_of_the_whole_layer(count):
+    check_layer_update(count, "pcd", 1, centring="data", sparsity_target=0.1)
 
 
 @COUNTS
@@ -309,8 +316,9 @@ def test_gradients_need_nothing_from_others():
     (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
     (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
      "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)", check_stack),
-    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y * 0",
+    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
+    (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
     (finetune, "self.shards.sum_(logits)", "pass", check_finetuning_update),
     (finetune, "self.shards.sum_(wholes[i - 1])", "pass", check_finetuning_update),
     (finetune, "[:, self.dbn.layers[i - 1].mine]", "[:, : below.shape[1]]", check_finetuning_update),

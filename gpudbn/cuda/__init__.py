@@ -11,6 +11,7 @@
     wgmma.py       the same of a large layer, in bf16 on Hopper's tensor cores
     elementwise.py passes over flat arrays
     turns.py       rows in the order of an epoch, counters, numbers that are not finite
+    offsets.py     centring and sparsity
 
 CuPy is imported at the first use.
 """
@@ -20,14 +21,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from gpudbn.cuda import draws, elementwise, layers, turns, wgmma
+from gpudbn.cuda import draws, elementwise, layers, offsets, turns, wgmma
 from gpudbn.cuda.door import Unit
 
-UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **turns.UNITS, **wgmma.UNITS}
+UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **offsets.UNITS,
+                             **turns.UNITS, **wgmma.UNITS}
 KERNELS = list(dict.fromkeys(kernel for unit in UNITS.values() for kernel in unit.kernels))
 
 
-class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, turns.Turns, wgmma.Wgmma):
+class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, offsets.Offsets, turns.Turns, wgmma.Wgmma):
     """Every kernel. Parameters as of ``door.Door``."""
 
     units = UNITS

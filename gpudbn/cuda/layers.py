@@ -55,7 +55,7 @@ TILES = {
 
 _I4, _F4 = np.int32, np.float32
 _HALF_STEP: Kinds = (POINTER,) * 5 + (_I4, _I4, _I4, *ADDRESS)  # sample, mean, x, W, bias, B, n, m
-_CD: Kinds = (POINTER, POINTER, _I4, _I4, _I4, _I4, _F4)  # v, h, n, m, K, rows, model_weight
+_CD: Kinds = (POINTER,) * 4 + (_I4, _I4, _I4, _I4, _F4)  # moved, v, h, ones, n, m, K, rows, model_weight
 KERNELS: dict[str, dict[str, Kinds]] = {
     "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
     "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD),
@@ -118,7 +118,7 @@ class Layers(Door):
         self._launch(unit, f"{kernel}_transposed" if transpose else kernel, grid, tile.threads,
                      sample, mean, x, W, bias, B, n, m, *where)
 
-    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
+    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, precision="fp32"):
         """See ``reference.cd_sums``."""
         K, n, m = self._cd_sizes("cd_sums", v, h, rows)
         kernel = kernel_of("cd_sums", precision, "rows", max(rows, K - rows))
@@ -126,32 +126,35 @@ class Layers(Door):
         self._check("cd_sums", "db", db, n)
         self._check("cd_sums", "dc", dc, m)
         self._check_apart("cd_sums", {"dW": dW, "db": db, "dc": dc}, {"v": v, "h": h})
-        unit, grid, threads = self._cd_grid(kernel, n, m)
-        self._launch(unit, kernel, grid, threads, dW, db, dc, v, h, n, m, K, rows, model_weight)
+        self._check_centred(kernel, {"dW": dW, "db": db, "dc": dc}, v, h, ones, moved)
+        unit, grid, threads = self._cd_grid(kernel, n, m, moved)
+        units = (v, h) if precision == "exact" else (moved, v, h, ones)
+        self._launch(unit, kernel, grid, threads, dW, db, dc, *units, n, m, K, rows, model_weight)
 
-    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
-                  rates=None, precision="fp32"):
+    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
+                  rate, momentum, decay, rates=None, precision="fp32"):
         """See ``reference.cd_update``. ``gradient`` is not touched and may be None: the sums stay in registers."""
         _ = gradient
         self._cd_step("cd_update", {"parameters": parameters, "velocity": velocity}, n, m, v, h, rows, model_weight,
-                      lambda scale: (rate * scale, momentum, rate * decay), rates, precision)
+                      ones, moved, lambda scale: (rate * scale, momentum, rate * decay), rates, precision)
 
-    def cd_sgd(self, parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, rates=None):
+    def cd_sgd(self, parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None, rate, decay,
+               rates=None):
         """See ``reference.cd_sgd``. ``gradient`` is not touched and may be None."""
         _ = gradient
-        self._cd_step("cd_sgd", {"parameters": parameters}, n, m, v, h, rows, model_weight,
+        self._cd_step("cd_sgd", {"parameters": parameters}, n, m, v, h, rows, model_weight, ones, moved,
                       lambda scale: decoupled(scale, rate, decay), rates)
 
-    def cd_adagrad(self, parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, decay, eps=1e-8,
-                   rates=None):
+    def cd_adagrad(self, parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
+                   rate, decay, eps=1e-8, rates=None):
         """See ``reference.cd_adagrad``. ``gradient`` is not touched and may be None."""
         _ = gradient
         self._cd_step("cd_adagrad", {"parameters": parameters, "squares": squares}, n, m, v, h, rows, model_weight,
-                      lambda scale: (eps, *decoupled(scale, rate, decay)), rates)
+                      ones, moved, lambda scale: (eps, *decoupled(scale, rate, decay)), rates)
 
     def _cd_step(self, function: str, changed: Mapping[str, Array], n: int, m: int, v: Array, h: Array, rows: int,
-                 model_weight: float, numbers: Callable[[float], tuple[float, ...]], rates: Array | None,
-                 precision: str = "fp32") -> None:
+                 model_weight: float, ones: Array | None, moved: Array | None,
+                 numbers: Callable[[float], tuple[float, ...]], rates: Array | None, precision: str = "fp32") -> None:
         """Launch a step with the gradient.
 
         ``changed`` are the parameters and what the rule keeps for each, in order; ``numbers`` makes the kernel's last
@@ -166,8 +169,10 @@ class Layers(Door):
         self._check_apart(function, changed, {"v": v, "h": h})
         parameters, *state = changed.items()
         self._check_apart(function, dict(state), dict([parameters]))
-        unit, grid, threads = self._cd_grid(kernel, n, m)
-        self._launch(unit, kernel, grid, threads, *changed.values(), v, h, n, m, K, rows, model_weight,
+        self._check_centred(kernel, changed, v, h, ones, moved)
+        unit, grid, threads = self._cd_grid(kernel, n, m, moved)
+        units = (v, h) if precision == "exact" else (moved, v, h, ones)
+        self._launch(unit, kernel, grid, threads, *changed.values(), *units, n, m, K, rows, model_weight,
                      *numbers(1 / rows), self._rates(function, rates))
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
@@ -177,10 +182,25 @@ class Layers(Door):
             raise ValueError(f"{function}: rows must lie between 0 and the {K} rows of v; got {rows}")
         return K, n, m
 
-    def _cd_grid(self, kernel: str, n: int, m: int) -> tuple[str, tuple[int, int], int]:
+    def _check_centred(self, kernel: str, written: Mapping[str, Array], v: Array, h: Array, ones: Array | None,
+                       moved: Array | None) -> None:
+        if ones is not None:
+            if kernel.endswith("_exact"):
+                raise ValueError(f"{kernel.removesuffix('_exact')}: ones must be None where precision is exact, since "
+                                 "centred units are no whole numbers; got an array")
+            self._check(kernel, "ones", ones, 2 * len(v))
+            self._check_apart(kernel, written, {"ones": ones})
+        if moved is not None:
+            if ones is None:
+                raise ValueError(f"{kernel}: moved must be given with ones; got ones None")
+            self._check(kernel, "moved", moved, v.shape[1] + h.shape[1])
+            self._check_apart(kernel, {"moved": moved}, {"v": v, "h": h, "ones": ones, **written})
+
+    def _cd_grid(self, kernel: str, n: int, m: int, moved: Array | None) -> tuple[str, tuple[int, int], int]:
         name = "cd_update_exact" if kernel.endswith("_exact") else "cd_update"
-        unit, tile = self._choose(name, n + 1, m + 1)  # one more of each for the biases
-        grid = -(-(m + 1) // tile.columns), -(-(n + 1) // tile.rows)
+        units = 1 if moved is None else 2  # more of each, for the biases and for `moved`
+        unit, tile = self._choose(name, n + units, m + units)
+        grid = -(-(m + units) // tile.columns), -(-(n + units) // tile.rows)
         if grid[1] > MOST_IN_Y:
-            raise ValueError(f"{kernel}: n must be below {MOST_IN_Y * tile.rows}; got {n}")
+            raise ValueError(f"{kernel}: n must be below {MOST_IN_Y * tile.rows - units + 1}; got {n}")
         return unit, grid, tile.threads

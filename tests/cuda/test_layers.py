@@ -64,22 +64,35 @@ def cd_case(n, m, rows, C, binary=False):
     return ((v < 0.5).astype(np.float32), (h < 0.5).astype(np.float32)) if binary else (v, h)
 
 
-def exact_sums(v, h, rows, w):
+def exact_sums(v, h, rows, w, ones=None):
     """dW, db, dc end to end, in float64; and what float32 may err: half a unit a term, as a random walk."""
     v, h = v.astype(np.float64), h.astype(np.float64)
     sign = np.where(np.arange(len(v)) < rows, 1.0, -float(np.float32(w)))[:, None]
-    sums = v.T @ (sign * h), (sign * v).sum(0), (sign * h).sum(0)
-    size = np.abs(v).T @ np.abs(sign * h), np.abs(sign * v).sum(0), np.abs(sign * h).sum(0)
+    of_b, of_c = np.split(np.ones(2 * len(v)) if ones is None else ones.astype(np.float64), 2)
+    sums = v.T @ (sign * h), of_b @ (sign * v), of_c @ (sign * h)
+    size = np.abs(v).T @ np.abs(sign * h), np.abs(of_b) @ np.abs(sign * v), np.abs(of_c) @ np.abs(sign * h)
     flat_sums, flat_size = (np.concatenate([part.ravel() for part in parts]) for parts in (sums, size))
     return flat_sums, EPS * (2 + np.sqrt(len(v))) * flat_size + 1e-30
 
 
-def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False):
+def cd_centred(arrays, v, h):
+    """What centring adds: the keywords on the device, and ones on the host."""
+    rng, (K, n), m = np.random.default_rng(9), v.shape, h.shape[1]
+    ones = rng.normal(1, 0.5, 2 * K).astype(np.float32)
+    return {"ones": arrays.put(ones), "moved": arrays.empty(n + m)}, ones
+
+
+def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False, centred=False):
     arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C, binary)
-    out = arrays.empty(n, m), arrays.empty(n), arrays.empty(m)
-    launcher.cd_sums(*out, arrays.put(v), arrays.put(h), rows, model_weight=w)
+    out, (keywords, ones) = (arrays.empty(n, m), arrays.empty(n), arrays.empty(m)), ({}, None)
+    if centred:
+        keywords, ones = cd_centred(arrays, v, h)
+    launcher.cd_sums(*out, arrays.put(v), arrays.put(h), rows, model_weight=w, **keywords)
     got = np.concatenate([arrays.get(part).ravel() for part in out])
-    exact, error = exact_sums(v, h, rows, w)
+    exact, error = exact_sums(v, h, rows, w, ones)
+    if centred:
+        assert_close(arrays.get(keywords["moved"]), np.concatenate([v[:rows].sum(0), h[:rows].sum(0)]),
+                     atol=EPS * len(v) ** 1.5)
     assert_close(got / error, exact / error, atol=1.0)
     if binary:
         assert np.array_equal(got, exact), "sums of zeros and ones must be exact"
@@ -89,14 +102,17 @@ def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False):
     arrays.passed("cd_sums")
 
 
-def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, **step):
+def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, centred=False, **step):
     arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C)
-    on_device = arrays.put(v), arrays.put(h)
+    on_device, (keywords, ones) = (arrays.put(v), arrays.put(h)), cd_centred(arrays, v, h) if centred else ({}, None)
 
     def launch(parameters, velocity, **numbers):
-        launcher.cd_update(parameters, velocity, None, n, m, *on_device, rows, model_weight=w, **numbers)
+        launcher.cd_update(parameters, velocity, None, n, m, *on_device, rows, model_weight=w, **keywords, **numbers)
 
-    check_step(launch, arrays, n * m + n + m, n * m, *exact_sums(v, h, rows, w), scale=1 / rows, **step)
+    check_step(launch, arrays, n * m + n + m, n * m, *exact_sums(v, h, rows, w, ones), scale=1 / rows, **step)
+    if centred:
+        assert_close(arrays.get(keywords["moved"]), np.concatenate([v[:rows].sum(0), h[:rows].sum(0)]),
+                     atol=EPS * len(v) ** 1.5)
     arrays.passed("cd_update")
 
 
@@ -189,6 +205,12 @@ def test_cd_sums(launcher):
     check_cd_sums(launcher, 32, 36, 17, 17, offset=1)
 
 
+def test_cd_sums_of_centred_units(launcher):
+    """Sizes at which the two units behind the last one are in one tile and quad, or in the next."""
+    for sizes in [*CD_SIZES, (63, 31, 5, 5), (62, 30, 5, 5), (127, 63, 3, 3)]:
+        check_cd_sums(launcher, *sizes, centred=True)
+
+
 @ONE_SCHEDULE
 def test_cd_sums_of_samples_are_exact(launcher):
     check_cd_sums(launcher, 37, 131, 41, 41, w=1.0, binary=True)
@@ -199,6 +221,7 @@ def test_cd_update(launcher):
         check_cd_update(launcher, *sizes)
     check_cd_update(launcher, 32, 36, 17, 17, offset=1)
     check_cd_update(launcher, 37, 31, 17, 17, momentum=0.0, decay=0.0)
+    check_cd_update(launcher, 37, 131, 17, 5, centred=True)
 
 
 @ONE_SCHEDULE
@@ -296,6 +319,10 @@ def cd_sums_check(launcher):
     check_cd_sums(launcher, 37, 131, 41, 17)
 
 
+def cd_centred_check(launcher):
+    check_cd_sums(launcher, 37, 31, 5, 5, centred=True)
+
+
 def cd_update_check(launcher):
     check_cd_update(launcher, 37, 37, 41, 17)
 
@@ -323,6 +350,15 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
         ("load_quad(bias, j, m, false)", "load_quad(bias, j + 1, m, false)", half_step_check, "large"),
     "cd_update: sign":
         (": -model_weight", ": model_weight", cd_update_check, "small"),
+    "cd_update: ones exchanged":
+        ("set_ones(quad, line, n, ones, K + k,", "set_ones(quad, line, n, ones, k,", cd_centred_check, "small"),
+    "cd_update: a unit forgotten where it begins a quad":
+        ("if (first + 3 < size) return;", "if (first < size) return;", cd_centred_check, "small"),
+    "cd_update: moved by both phases":
+        ("set_ones(quad, line, m, ones, k, k < rows)", "set_ones(quad, line, m, ones, k, k < K)", cd_centred_check,
+         "large"),
+    "cd_update: moved of h in the place of v":
+        ("moved[n + j + s] = sums[s]", "moved[j + s] = sums[s]", cd_centred_check, "small"),
     "cd_update: biases exchanged":
         ("(visible ? p.b : p.c)[i]", "(visible ? p.c : p.b)[i]", cd_update_check, "large"),
     "cd_update: what the rule keeps for biases exchanged":

@@ -53,7 +53,9 @@ def error_of(folder):
     return next(r["error"] for r in records(folder) if r["phase"] == "test")
 
 
-@pytest.mark.parametrize("options", [[], ["--method", "pcd", "--k", 2, "--up", "mean", "--optimiser", "sgd"]])
+@pytest.mark.parametrize("options", [
+    [], ["--method", "pcd", "--k", 2, "--up", "mean", "--optimiser", "sgd"],
+    ["--centring", "data", "--sparsity-target", 0.2]])
 def test_with_a_fixed_order_one_two_and_four_replicas_end_a_whole_run_with_the_same_bits(options, tmp_path):
     models = []
     for ranks in (0, 2, 4):
