@@ -51,6 +51,8 @@ class Work(NamedTuple):
 class Case:
     """One layer and batch: its data on the host, and what is right, in float64."""
 
+    product = "float32 TFLOP/s"  # the ceiling that products are compared to
+
     def __init__(self, n: int, m: int, B: int) -> None:
         self.n, self.m, self.B = n, m, B
         rng = np.random.default_rng([n, m, B])
@@ -317,6 +319,8 @@ def ceilings(xp: Any, torch: Any, toy: bool) -> dict[str, float]:
     out = xp.empty_like(a)
     flops = 2e-6 * size**3
     found = {"float32 TFLOP/s": flops / timed(xp, lambda: xp.matmul(a, b, out=out))["median_us"]}
+    half_a, half_b, half_out = (x.astype(np.float16) for x in (a, b, out))
+    found["float16 TFLOP/s"] = flops / timed(xp, lambda: xp.matmul(half_a, half_b, out=half_out))["median_us"]
     source, target = xp.zeros(entries, np.float32), xp.empty(entries, np.float32)
     found["copy TB/s"] = 8e-6 * entries / timed(xp, lambda: xp.copyto(target, source))["median_us"]
     if torch is not None and not toy:
@@ -346,12 +350,12 @@ class Results:
             print(f"FAILED {what}: {error}", file=sys.stderr, flush=True)
         self.write()
 
-    def add(self, case: Case, by: str, what: str, times: dict[str, float], **more: Any) -> None:
+    def add(self, case: Any, by: str, what: str, times: dict[str, float], **more: Any) -> None:
         flops, nbytes = case.cost(what)
         tflops, tbs = 1e-6 * flops / times["median_us"], 1e-6 * nbytes / times["median_us"]
         best = self.content["ceilings"]
         row = {"what": what, "n": case.n, "m": case.m, "B": case.B, "by": by, **times, "tflops": tflops, "tb_s": tbs,
-               "of_product": tflops / best["float32 TFLOP/s"] if best else None,
+               "of_product": tflops / best[case.product] if best else None,
                "of_copy": tbs / best["copy TB/s"] if best else None, **more}
         self.content["rows"].append(row)
         print(f"{what:22} {case.n}x{case.m} B={case.B:<5} {by:24} {times['median_us']:9.2f} us "
@@ -503,6 +507,11 @@ def main() -> int:
 
         results = Results(given.out, {"machine": environment(given.rehearse)})
         run(results, TOY if given.rehearse else CASES, cupy, torch, given.rehearse)
+
+        from benchmarks import large
+        from gpudbn import cuda
+
+        large.run(results, large.TOY if given.rehearse else large.CASES, cupy, cuda.gpu())
     return 1 if results.failed else 0
 
 

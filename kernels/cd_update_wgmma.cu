@@ -23,6 +23,9 @@
 #include "product_wgmma.cuh"
 #include "quads.cuh"
 
+constexpr int BATCH = 8;       // quads of weights and of velocities that a thread reads at once
+constexpr int ROWS_AHEAD = 8;  // of a tile, for each step of its products
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 cd_update_wgmma(float* parameters, float* velocity, unsigned short* W_high, unsigned short* W_low,
                 const __grid_constant__ TensorMap v0, const __grid_constant__ TensorMap h0,
@@ -40,26 +43,68 @@ cd_update_wgmma(float* parameters, float* velocity, unsigned short* W_high, unsi
         step(parameters[at], velocity[at], sum, r, false);
     };
 
+    auto step_of_quad = [&](float4& weight, float4& speed, float4 sum) {
+        step(weight.x, speed.x, sum.x, r, true);
+        step(weight.y, speed.y, sum.y, r, true);
+        step(weight.z, speed.z, sum.z, r, true);
+        step(weight.w, speed.w, sum.w, r, true);
+    };
+    auto store_halves = [&](long long at, float4 weight) {
+        uint2 high, low;
+        split_pair(weight.x, weight.y, high.x, low.x);
+        split_pair(weight.z, weight.w, high.y, low.y);
+        *reinterpret_cast<uint2*>(W_high + at) = high;
+        if (W_low) *reinterpret_cast<uint2*>(W_low + at) = low;
+    };
+
+    // What a tile will need of the weights and velocities, brought to the L2 cache while its products are made: a few of its
+    // rows with each step.
+    auto ahead = [&](int row_of_tile, int column, int step) {
+        if (!aligned) return;
+#pragma unroll 1
+        for (int i = row_of_tile + step * ROWS_AHEAD; i < min(row_of_tile + min((step + 1) * ROWS_AHEAD, TILE_ROWS), n); i++) {
+            long long at = (long long)i * m + column;
+            u32 bytes = 4 * min(TILE_COLUMNS, m - column);
+            fetch_to_L2(parameters + at, bytes);
+            fetch_to_L2(velocity + at, bytes);
+        }
+    };
+
     auto use = [&](const Sums& sums, int thread, int row, int column) {
-        int i = row + quad_row(thread);
+        int i = row + quad_row(thread), first = column + quad_column(thread, 0);
+        float *weights = parameters + (long long)i * m, *speeds = velocity + (long long)i * m;
+        long long at = (long long)i * pitch + first;
+        if (aligned && row + WGMMA_ROWS <= n && column + TILE_COLUMNS <= m) {
 #pragma unroll
-        for (int q = 0; q < 32; q++) {
-            float4 sum = quad_of(sums.products, q, thread);
-            int j = column + quad_column(thread, q);
-            if (i >= n || j >= m) continue;
-            float *weights = parameters + (long long)i * m, *speeds = velocity + (long long)i * m;
-            float4 weight = load_quad(weights, j, m, aligned), speed = load_quad(speeds, j, m, aligned);
-            step(weight.x, speed.x, sum.x, r, true);
-            step(weight.y, speed.y, sum.y, r, true);
-            step(weight.z, speed.z, sum.z, r, true);
-            step(weight.w, speed.w, sum.w, r, true);
-            store_quad(weights, j, m, aligned, weight);
-            store_quad(speeds, j, m, aligned, speed);
-            uint2 high, low;
-            split_pair(weight.x, weight.y, high.x, low.x);
-            split_pair(weight.z, weight.w, high.y, low.y);
-            *reinterpret_cast<uint2*>(W_high + (long long)i * pitch + j) = high;
-            if (W_low) *reinterpret_cast<uint2*>(W_low + (long long)i * pitch + j) = low;
+            for (int batch = 0; batch < QUADS; batch += BATCH) {  // many reads on their way at once, before anything is written
+                float4 weight[BATCH], speed[BATCH];
+#pragma unroll
+                for (int q = 0; q < BATCH; q++) {
+                    weight[q] = *reinterpret_cast<float4*>(weights + first + (batch + q) * QUAD_STEP);
+                    speed[q] = *reinterpret_cast<float4*>(speeds + first + (batch + q) * QUAD_STEP);
+                }
+#pragma unroll
+                for (int q = 0; q < BATCH; q++) {
+                    int column_step = (batch + q) * QUAD_STEP;
+                    step_of_quad(weight[q], speed[q], quad_of(sums.products, batch + q, thread));
+                    *reinterpret_cast<float4*>(weights + first + column_step) = weight[q];
+                    *reinterpret_cast<float4*>(speeds + first + column_step) = speed[q];
+                    store_halves(at + column_step, weight[q]);
+                }
+            }
+        } else {
+            int inside = i < n ? m - first : 0;
+#pragma unroll
+            for (int q = 0; q < QUADS; q++) {
+                float4 sum = quad_of(sums.products, q, thread);
+                int j = first + q * QUAD_STEP;
+                if (q * QUAD_STEP >= inside) continue;
+                float4 weight = load_quad(weights, j, m, aligned), speed = load_quad(speeds, j, m, aligned);
+                step_of_quad(weight, speed, sum);
+                store_quad(weights, j, m, aligned, weight);
+                store_quad(speeds, j, m, aligned, speed);
+                store_halves(at + q * QUAD_STEP, weight);
+            }
         }
         if (thread % 4 > 0) return;  // the eight columns of a sum over lines are equal
 #pragma unroll
@@ -73,5 +118,5 @@ cd_update_wgmma(float* parameters, float* velocity, unsigned short* W_high, unsi
                 if (first + 64 * block + line < m) step_of_bias(c + first + 64 * block + line, sums.columns[block][2 * half]);
         }
     };
-    product_wgmma<ALONG_LINES, ALONG_LINES, true>(dynamic_shared, parts, n, m, [&](Sums& sums) { scale(sums, -model_weight); }, use);
+    product_wgmma<ALONG_LINES, ALONG_LINES, true>(dynamic_shared, parts, n, m, ahead, [&](Sums& sums) { scale(sums, -model_weight); }, use);
 }

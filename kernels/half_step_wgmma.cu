@@ -29,37 +29,63 @@ struct Outputs {
     int float_pitch;
 };
 
+__device__ __forceinline__ float4 exp_of_minus(float4 x, float4 y)
+{
+    return make_float4(__expf(-x.x - y.x), __expf(-x.y - y.y), __expf(-x.z - y.z), __expf(-x.w - y.w));
+}
+
+// 1 where u < 1 / (1 + e).
+__device__ __forceinline__ float4 fires(float4 u, float4 e)
+{
+    return make_float4(fmaf(u.x, e.x, u.x) < 1, fmaf(u.y, e.y, u.y) < 1, fmaf(u.z, e.z, u.z) < 1, fmaf(u.w, e.w, u.w) < 1);
+}
+
+__device__ __forceinline__ float4 mean_of(float4 e)
+{
+    return make_float4(__fdividef(1, 1 + e.x), __fdividef(1, 1 + e.y), __fdividef(1, 1 + e.z), __fdividef(1, 1 + e.w));
+}
+
 template <Neighbours W_NEIGHBOURS>
 __device__ __forceinline__ void half_step(unsigned char* dynamic_shared, const Outputs& out, const TensorMap& x, const TensorMap& W,
                                           const TensorMap& W_low, const float* bias, int B, int n, int m, int W_low_wanted,
                                           const Address& address)
 {
-    bool aligned = quads_aligned(bias, 0);
+    bool aligned = quads_aligned(bias, 0), sample_alone = out.sample && !out.mean && !out.sample_float && !out.mean_float;
     Part parts[2] = {{&x, &W, steps_of(n)}, {&x, &W_low, W_low_wanted ? steps_of(n) : 0}};
+
     auto use = [&](const Sums& sums, int thread, int row, int column) {
-        int r = row + quad_row(thread);
+        int r = row + quad_row(thread), first = column + quad_column(thread, 0);
+        long long at = (long long)r * out.pitch + first, float_at = (long long)r * out.float_pitch + first;
+        u64 index = address.index(r, first / 4);
+        if (sample_alone && aligned && row + WGMMA_ROWS <= B && column + TILE_COLUMNS <= m) {  // no branches: quads overlap
 #pragma unroll
-        for (int q = 0; q < 32; q++) {
+            for (int q = 0; q < QUADS; q++) {
+                float4 c = *reinterpret_cast<const float4*>(bias + first + q * QUAD_STEP);
+                float4 e = exp_of_minus(quad_of(sums.products, q, thread), c);
+                store_bf16(out.sample + at + q * QUAD_STEP, fires(address.draw(index + q * (QUAD_STEP / 4)), e));
+            }
+            return;
+        }
+        int inside = r < B ? m - first : 0;
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
             float4 sum = quad_of(sums.products, q, thread);
-            int j = column + quad_column(thread, q);
-            if (r >= B || j >= m) continue;
-            float4 c = load_quad(bias, j, m, aligned);
-            float4 e = make_float4(__expf(-sum.x - c.x), __expf(-sum.y - c.y), __expf(-sum.z - c.z), __expf(-sum.w - c.w));
-            long long at = (long long)r * out.pitch + j, float_at = (long long)r * out.float_pitch + j;
+            int step = q * QUAD_STEP;
+            if (step >= inside) continue;
+            float4 e = exp_of_minus(sum, load_quad(bias, first + step, m, aligned));
             if (out.mean || out.mean_float) {
-                float4 p = make_float4(__fdividef(1, 1 + e.x), __fdividef(1, 1 + e.y), __fdividef(1, 1 + e.z), __fdividef(1, 1 + e.w));
-                if (out.mean) store_bf16(out.mean + at, p);
-                if (out.mean_float) *reinterpret_cast<float4*>(out.mean_float + float_at) = p;
+                float4 p = mean_of(e);
+                if (out.mean) store_bf16(out.mean + at + step, p);
+                if (out.mean_float) *reinterpret_cast<float4*>(out.mean_float + float_at + step) = p;
             }
             if (out.sample || out.sample_float) {
-                float4 u = address.draw(r, j / 4);
-                float4 s = make_float4(fmaf(u.x, e.x, u.x) < 1, fmaf(u.y, e.y, u.y) < 1, fmaf(u.z, e.z, u.z) < 1, fmaf(u.w, e.w, u.w) < 1);
-                if (out.sample) store_bf16(out.sample + at, s);
-                if (out.sample_float) *reinterpret_cast<float4*>(out.sample_float + float_at) = s;
+                float4 s = fires(address.draw(index + step / 4), e);
+                if (out.sample) store_bf16(out.sample + at + step, s);
+                if (out.sample_float) *reinterpret_cast<float4*>(out.sample_float + float_at + step) = s;
             }
         }
     };
-    product_wgmma<ALONG_DEPTH, W_NEIGHBOURS, false>(dynamic_shared, parts, B, m, [](Sums&) {}, use);
+    product_wgmma<ALONG_DEPTH, W_NEIGHBOURS, false>(dynamic_shared, parts, B, m, [](int, int, int) {}, [](Sums&) {}, use);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

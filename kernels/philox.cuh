@@ -46,10 +46,16 @@ struct Address {
     // How many columns of the first Philox block lie before the array: 0 where shards are cut at multiples of 4.
     __device__ __forceinline__ int shift() const { return (int)(column & 3); }
 
-    // The draws of row r and of the columns [4 q - shift, 4 q - shift + 4) of the array: one Philox block.
-    __device__ __forceinline__ float4 draw(long long r, long long q) const
+    // Of the Philox block that has row r and the columns [4 q - shift, 4 q - shift + 4) of the array.
+    __device__ __forceinline__ u64 index(long long r, long long q) const
     {
-        u64 index = (row + (u64)r) * blocks + (column / 4 + (u64)q);
+        return (row + (u64)r) * blocks + (column / 4 + (u64)q);
+    }
+
+    __device__ __forceinline__ float4 draw(long long r, long long q) const { return draw(index(r, q)); }
+
+    __device__ __forceinline__ float4 draw(u64 index) const
+    {
         uint4 word = philox4x32(make_uint4((u32)index, (u32)(index >> 32), update, site),
                                 make_uint2((u32)seed, (u32)(seed >> 32)));
         return make_float4(uniform(word.x), uniform(word.y), uniform(word.z), uniform(word.w));

@@ -94,8 +94,10 @@ template <Neighbours A, Neighbours B> struct Product {
         __syncthreads();  // barriers and ones are there
     }
 
-    // One thread: copies the steps of a part for the tile whose first line of a and of b are these.
-    __device__ __forceinline__ void copy(const Part& part, int a_line, int b_line)
+    // One thread: copies the steps of a part for the tile whose first line of a and of b are these. Calls ahead(a_line, b_line,
+    // step + first_step) with each.
+    template <class Ahead>
+    __device__ __forceinline__ void copy(const Part& part, int a_line, int b_line, int first_step, Ahead ahead)
     {
         for (int step = 0; step < part.steps; step++, ring.turn++) {
             u32 stage = ring.stage(), arrived = full(stage);
@@ -103,6 +105,7 @@ template <Neighbours A, Neighbours B> struct Product {
             barrier_arrive_announcing(arrived, STAGE_BYTES);
             copy_operand<TileA, A>(a(stage), *part.a, a_line, step * TILE_DEPTH, arrived);
             copy_operand<TileB, B>(b(stage), *part.b, b_line, step * TILE_DEPTH, arrived);
+            ahead(a_line, b_line, first_step + step);
         }
     }
 
@@ -157,10 +160,11 @@ template <Neighbours A, Neighbours B> struct Product {
 };
 
 // Calls between(sums) after the first part of a tile, where there is one, and use(sums, thread, row, column) at its end: by
-// the threads 0 to 127 of a warpgroup, of which row and column are the first.
-template <Neighbours A, Neighbours B, bool LINE_SUMS, class Between, class Use>
+// the threads 0 to 127 of a warpgroup, of which row and column are the first. The thread that copies calls ahead(row, column,
+// step) with each step of a tile, of which row and column are the first.
+template <Neighbours A, Neighbours B, bool LINE_SUMS, class Ahead, class Between, class Use>
 __device__ __forceinline__ void product_wgmma(unsigned char* dynamic_shared, const Part (&parts)[2], int rows, int columns,
-                                              Between between, Use use)
+                                              Ahead ahead, Between between, Use use)
 {
     Product<A, B> product(dynamic_shared);
     int tile_rows = (rows + TILE_ROWS - 1) / TILE_ROWS, tile_columns = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
@@ -171,8 +175,9 @@ __device__ __forceinline__ void product_wgmma(unsigned char* dynamic_shared, con
         if (threadIdx.x == 128 * WARPGROUPS)
             for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
                 TilePosition tile = tile_at(number, tile_rows, tile_columns);
-#pragma unroll
-                for (const Part& part : parts) product.copy(part, tile.row * TILE_ROWS, tile.column * TILE_COLUMNS);
+                int row = tile.row * TILE_ROWS, column = tile.column * TILE_COLUMNS;
+                product.copy(parts[0], row, column, 0, ahead);
+                product.copy(parts[1], row, column, parts[0].steps, ahead);
             }
     } else {
         registers_ask_for<REGISTERS_TO_MULTIPLY>();

@@ -1,7 +1,7 @@
 // wgmma: the instructions that Hopper's tensor cores are fed and used with, one function each, as inline PTX.
 //
 //     barrier_*               mbarriers in shared memory: they count arrivals of threads and bytes that were copied
-//     copy_box                a box of a matrix from global to shared memory, by the copy engine (TMA)
+//     copy_box, fetch_to_L2   a box of a matrix from global to shared memory, by the copy engine (TMA); bytes to the cache
 //     wgmma_*                 products by a warpgroup, four warps from a multiple of four on; both operands in shared memory
 //     registers_*             registers given back and asked for, when warpgroups have different work
 //     fence_for_engines       what threads wrote to shared memory, seen by the copy engine and the tensor cores
@@ -63,6 +63,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& from, int x, i
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  :: "r"(to), "l"(&from), "r"(barrier), "r"(x), "r"(y) : "memory");
+}
+
+// A hint: bytes, both multiples of 16, that will be read soon.
+__device__ __forceinline__ void fetch_to_L2(const void* global, u32 bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void fence_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -62,9 +62,10 @@ template <int LINES, Neighbours N> struct Operand {
 __device__ __forceinline__ int fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 
 // A thread holds two neighbours in each of two rows. It gives one pair to the thread beside it and gets one, so that it has
-// four neighbours in one row: a Philox block, and 16 bytes of float32. Quad q, 0 to 31, of a thread begins here.
+// four neighbours in one row: a Philox block, and 16 bytes of float32. Quad q of a thread begins here.
+constexpr int QUADS = 32, QUAD_STEP = 8;  // of a thread, and the columns from one to the next
 __device__ __forceinline__ int quad_row(int thread) { return thread / 32 * 16 + thread % 32 / 4 + thread % 2 * 8; }
-__device__ __forceinline__ int quad_column(int thread, int q) { return q * 8 + thread % 4 / 2 * 4; }
+__device__ __forceinline__ int quad_column(int thread, int q) { return q * QUAD_STEP + thread % 4 / 2 * 4; }
 
 __device__ __forceinline__ float4 quad_of(const float (&sums)[128], int q, int thread)
 {

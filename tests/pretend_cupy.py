@@ -549,6 +549,7 @@ class RawModule:
 
             def kernel():
                 device.launched.append(name)
+                function.max_dynamic_shared_size_bytes = launch.max_dynamic_shared_size_bytes
                 function(grid, block, given, shared_mem=shared_mem)
 
             device.launch(kernel)

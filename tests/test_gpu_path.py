@@ -6,6 +6,7 @@ What this cannot show is in ``test_training_gpu.py``, for a machine that has a G
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -432,6 +433,32 @@ def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
     assert {row["what"] for row in rows if row["by"] == "CuPy"} > {"half_step", "half_step, transposed"}
     assert results.failed == 3 * 3
     assert device.launched
+
+
+@pytest.mark.parametrize("fault", [None, "row + 1"])
+def test_large_layers_are_held_to_float64_before_they_are_timed(tmp_path, monkeypatch, fault):
+    """As on a device with wgmma, at toy sizes; a wrong draw is told and not timed."""
+    from benchmarks import large
+    from gpudbn import cuda
+    from gpudbn.cuda import wgmma
+
+    monkeypatch.setattr(kernels, "repeats", 1)
+    monkeypatch.setattr(wgmma.Wgmma, "encode", staticmethod(runtime.encode))
+    results = kernels.Results(tmp_path / "kernels.json", {})
+    text = "return seed, update, site, row, column, blocks, clock"
+    with installed(processors=3), contextlib.ExitStack() as stack:
+        import cupy
+
+        launcher = cuda.gpu()
+        launcher.architecture = wgmma.ARCHITECTURE
+        if fault:
+            stack.enter_context(planted(door, text, text.replace("row", fault)))
+        large.run(results, large.TOY, cupy, launcher)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    found = {row["what"] for row in rows if row["by"] == "kernels, wgmma, bf16"}
+    assert found == ({"cd_update"} if fault else {"half_step", "half_step, transposed", "cd_update", "CD-1 update"})
+    assert results.failed == (3 if fault else 0), results.content["failures"]
+    assert {row["what"] for row in rows if row["by"].startswith("CuPy")} > {"half_step", "CD-1 update"}
 
 
 def test_a_failing_step_is_told_and_does_not_stop_the_others(tmp_path):

@@ -151,6 +151,7 @@ def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, low=False, bina
 def test_half_step(launcher, transpose):
     for sizes in SIZES:
         check_half_step(launcher, *sizes, transpose=transpose)
+    check_half_step(launcher, 130, 70, 523, transpose=transpose, mean=None)  # samples alone go another way inside
 
 
 @both_ways
@@ -436,8 +437,12 @@ def transposed_check(launcher):
     check_half_step(launcher, 131, 67, 263, transpose=True)
 
 
+def sample_check(launcher):
+    check_half_step(launcher, 130, 70, 523, mean=None)
+
+
 def cd_update_check(launcher):
-    check_cd_update(launcher, 131, 263, 67, 130, low=True)
+    check_cd_update(launcher, 131, 264, 67, 130, low=True)
 
 
 FAULTS = {  # name: text, what it becomes, the check that must see it
@@ -458,8 +463,10 @@ FAULTS = {  # name: text, what it becomes, the check that must see it
     "ring: parity": ("turn / STAGES % 2", "turn % 2", deep_check),
     "quads: not exchanged": ("odd ? x : below_x, 1", "odd ? below_x : x, 1", half_step_check),
     "tiles: order with holes": ("within / rows_in_group", "within / ROW_GROUP", half_step_check),
-    "half_step: another draw": ("address.draw(r, j / 4)", "address.draw(r, q)", half_step_check),
-    "half_step: a tail not guarded": ("if (r >= B || j >= m)", "if (r > B || j >= m)", half_step_check),
+    "half_step: another draw": ("address.draw(index + step / 4)", "address.draw(index + q)", half_step_check),
+    "half_step: another draw inside": ("q * (QUAD_STEP / 4)), e)", "q), e)", sample_check),
+    "half_step: a tail not guarded": ("r < B ? m - first", "r <= B ? m - first", half_step_check),
+    "cd_update: another velocity inside": ("speeds + first + (batch", "weights + first + (batch", cd_update_check),
     "cd_update: the model's weight": ("scale(sums, -model_weight)", "scale(sums, model_weight)", cd_update_check),
     "cd_update: hidden sums one block off":
         ("sums.columns[block][2 * half]", "sums.columns[1 - block][2 * half]", cd_update_check),

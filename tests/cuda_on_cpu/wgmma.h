@@ -167,6 +167,12 @@ inline void copy_box(unsigned to, const TensorMap& map, int x, int y, unsigned b
     });
 }
 
+inline void fetch_to_L2(const void* global, unsigned bytes, WHERE)
+{
+    if (reinterpret_cast<std::uintptr_t>(global) % 16 || bytes % 16 || bytes == 0)
+        cuda_on_cpu::fail("%u bytes to be fetched must be, and lie at, multiples of 16, at %s:%d", bytes, file, line);
+}
+
 inline void fence_for_engines() {}
 
 inline void wgmma_fence() { cuda_on_cpu::block->fiber().fenced = true; }
