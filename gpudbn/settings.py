@@ -133,9 +133,11 @@ class Settings:
                                        "old", group="run", rule=AT_LEAST_0, metavar="SECONDS")
     plots: str = option("on", "pictures in the run folder", group="run", choices=("on", "off"))
 
-    mode: str = option("async", "under mpirun: async (a parameter server on rank 0, replicas on their own shards of "
-                       "the data) or sync (all ranks are replicas on slices of every batch)", group="distribution",
-                       choices=("async", "sync"))
+    mode: str = option("async", "under mpirun: async (parameter servers on the first ranks, the others replicas on "
+                       "their own shards of the data) or sync (all ranks are replicas on slices of every batch)",
+                       group="distribution", choices=("async", "sync"))
+    servers: int = option(1, "async: ranks that serve, each a shard of the parameters", group="distribution",
+                          rule=AT_LEAST_1, metavar="S")
     n_push: int = option(4, "async: updates between two pushes", group="distribution", rule=AT_LEAST_1, metavar="N")
     n_fetch: int = option(4, "async: updates between two fetches, a multiple of --n-push", group="distribution",
                           rule=AT_LEAST_1, metavar="N")

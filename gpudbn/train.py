@@ -53,11 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return 2
     ranks = world.size if world else 1
-    serving = ranks > 1 and settings.mode == "async"
+    serving = settings.servers if ranks > 1 and settings.mode == "async" else 0  # ranks that do not compute
     if "numpy" not in sys.modules:  # a program that calls main() has made its own choice
         # a fixed order of sums includes those inside BLAS, which depend on the number of threads
         threads = 1 if settings.order == "fixed" else settings.threads
-        sharing = world.local_size - (serving and world.rank == world.local_rank) if world else 1
+        sharing = max(1, world.local_size - serving * (world.rank == world.local_rank)) if world else 1
         launch.limit_threads(threads, sharing)
     from gpudbn.mpi.wire import guarded
 
@@ -78,11 +78,11 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     loaded: list[tuple[DataSet, DataSet | None]] = []
 
     def prepare() -> int:
-        data, labelled = _load(settings, quiet=world is not None and world.rank > asynchronous)
+        data, labelled = _load(settings, quiet=world is not None and world.rank > asynchronous * settings.servers)
         loaded.append((data, labelled))
         return _largest(settings, data, labelled)
 
-    exchange = connect(settings.mode if ranks > 1 else "sync", prepare)
+    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, servers=settings.servers)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
@@ -238,7 +238,8 @@ class _Show:
             return
         e, s = self.exchange, self.settings
         how = "one process" if e.replicas == 1 else f"{e.replicas} {s.mode}hronous replicas" + (
-            " around a parameter server" if s.mode == "async" else "")
+            "" if s.mode != "async" else " around a parameter server" if s.servers == 1 else
+            f" around {s.servers} parameter servers")
         self.say(f"network  {dbn.describe()}")
         self.say(f"data     {data.describe()}")
         if labelled is not None:

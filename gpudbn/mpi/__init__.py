@@ -4,8 +4,8 @@
     alone.py       what a training loop may ask of other replicas; the answers of one on its own
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
     collective.py  replicas in step
-    replica.py     replicas around a server
-    server.py      the server
+    replica.py     replicas around parameter servers
+    server.py      a server
 
 Importing this package loads neither NumPy nor MPI.
 """
@@ -26,24 +26,26 @@ if TYPE_CHECKING:
 MODES = ("sync", "async")
 
 
-def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None) -> Exchange | Server:
+def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
     ----------
     mode : "sync" or "async"
-        All ranks are replicas and cut every batch; or rank 0 serves and the others are replicas.
+        All ranks are replicas and cut every batch; or the first ranks serve and the others are replicas.
     size : int, or a function that returns it
         Entries of the largest parameter vector of the run: room for it is made once. A function is called
         on the replicas, on the first of them before the others, so that data are downloaded or
         unpacked once; the server is told. Its UserError ends all ranks with one line.
     rule : callable (parameters, change, staleness), optional
-        How the server applies a change, in place; default: parameters += change.
+        How a server applies a change, in place; default: parameters += change.
+    servers : int
+        Mode async: how many ranks serve, each a shard of the parameters.
 
     Returns
     -------
     Exchange or Server
-        A ``Server``, whose ``serve()`` is to be called, on rank 0 in mode async. ``Alone``, without MPI,
+        A ``Server``, whose ``serve()`` is to be called, on the first ranks in mode async. ``Alone``, without MPI,
         in a job of one rank or where there is no launcher.
 
     Raises
@@ -55,9 +57,10 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None) 
         raise UserError(f"mode: must be one of {', '.join(MODES)}; got {mode!r}")
     world = launch.world()
     ranks = world.size if world else 1
-    if mode == "async" and ranks < 2:
-        raise UserError(f"mode: async must have at least 2 ranks, a server and a replica; got {ranks}. "
-                        "Start it with mpirun -n 3, or use sync")
+    if mode == "async" and ranks < servers + 1:
+        who = "a server" if servers == 1 else f"{servers} servers"
+        raise UserError(f"mode: async must have at least {servers + 1} ranks, {who} and a replica; got {ranks}. "
+                        f"Start it with mpirun -n {servers + 2}, or use sync")
     if ranks == 1:
         from gpudbn.mpi.alone import Alone
 
@@ -68,15 +71,21 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None) 
 
     wire = Wire.start()
     if callable(size):
-        size = _prepared(wire, size, first=1 if mode == "async" else 0)
+        size = _prepared(wire, size, first=servers if mode == "async" else 0)
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
 
         return Synchronous(wire)
     from gpudbn.mpi.replica import Asynchronous
-    from gpudbn.mpi.server import Server
+    from gpudbn.mpi.server import Server, cuts
 
-    return Server(wire, size, rule) if wire.rank == 0 else Asynchronous(wire, size)
+    replicas = wire.split(int(wire.rank >= servers))
+    links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
+    mine = [link for link in links if link is not None]
+    if wire.rank >= servers:
+        return Asynchronous(wire, replicas, mine, size)
+    part = cuts(size, servers)[wire.rank]
+    return Server(wire, mine[0], part.stop - part.start, rule)
 
 
 def _prepared(wire: Wire, size: Callable[[], int], first: int) -> int:

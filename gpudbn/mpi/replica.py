@@ -1,46 +1,136 @@
-"""A replica of asynchronous training: gives its changes to a parameter server, takes what is there.
+"""A replica of asynchronous training: gives its changes to parameter servers, takes what is there.
 
 The other half of ``server.py``, which says how changes and parameters travel and why nothing is
-lost, doubled or torn.
+lost, doubled or torn. ``Link`` is the replica's end of the traffic with one server and its shard of
+the parameters; ``Asynchronous`` has one to each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import ANSWER, ASK, BEGIN, CONTROL, FAIL, FINISH, Layout
+from gpudbn.mpi.server import ANSWER, ASK, BEGIN, CONTROL, FAIL, FINISH, Layout, cuts
 from gpudbn.mpi.wire import AgreedError, Backoff, Window, Wire
 from gpudbn.tracing import span
 
 ATTEMPTS = 3  # torn reads before a replica asks by message
 
 
-class Asynchronous(Together):
-    """One of the ranks 1, 2, ... of a wire whose rank 0 is a ``Server``.
+class Link:
+    """To one server. Arrays are shards of parameters and changes.
 
     Parameters
     ----------
-    everyone : Wire
-        The server and all replicas. Collective.
+    wire : Wire
+        The server, rank 0, and all replicas. Collective over these.
     size : int
-        Entries of the largest parameter vector of the run, as told to the server.
+        Entries of the server's shard of the largest parameter vector of the run.
     """
 
-    def __init__(self, everyone: Wire, size: int) -> None:
-        super().__init__(everyone.split(1))
-        self.everyone = everyone
-        everyone.label = self.wire.label
+    def __init__(self, wire: Wire, size: int) -> None:
+        self.wire, self.replica = wire, wire.rank - 1
+        self.replicas = wire.size - 1
+        self.layout = Layout(size, self.replicas)
+        self.window = Window(wire, self.layout.nbytes)
+        self.header = np.zeros(self.layout.header_words, np.int64)
+        self.sequence = 0  # of my last push
+        self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
+        self.retried = self.asked = 0
+
+    def begin(self, shard: Array) -> None:
+        """The chief gives the server the values to begin with."""
+        message = np.array([BEGIN, shard.size], np.int64)
+        self.wire.send(message, 0, CONTROL)
+        self.wire.send(shard, 0, CONTROL)
+        self.wire.recv(message, 0, ANSWER)  # published
+
+    def tell(self, kind: int) -> None:
+        """A control message without a size."""
+        self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
+
+    def contained(self) -> int:
+        """The sequence number of my last push that is in what was pulled."""
+        return int(self.header[1 + self.replica])
+
+    def staleness(self) -> np.ndarray:
+        """The server's histogram as of the last pull."""
+        return self.header[1 + self.replicas :]
+
+    def drain(self) -> None:
+        """Wait until my last push is published, so that my mailbox is free and a pull contains it."""
+        freed, pause = np.zeros(1, np.int64), Backoff()
+        with self.wire.tally.timing("waiting"):
+            while True:
+                self.window.get(freed, self.layout.freed + 8 * self.replica)
+                if freed[0] == self.sequence:
+                    return
+                pause()
+
+    def push(self, change: Array) -> None:
+        """Put a change into my mailbox: first the change, then the number that says it is there."""
+        self.drain()
+        with span("push"):
+            self.window.put(change, self.layout.mailboxes[self.replica])
+            self.window.put(np.array([self.base], np.int64), self.layout.base + 8 * self.replica)
+            self.sequence += 1
+            self.window.put(np.array([self.sequence], np.int64), self.layout.sequence + 8 * self.replica)
+
+    def pull(self, shard: Array) -> None:
+        """The latest published parameters and their header, not torn."""
+        with span("pull"):
+            for _ in range(ATTEMPTS):
+                published = self.window.read(self.layout.turn) // 2
+                header, values = self.layout.copies[published % 2]
+                self.window.get(self.header, header)
+                self.window.get(shard, values)
+                if self.window.read(self.layout.turn) <= 2 * published + 2:
+                    return
+                self.retried += 1
+            self.asked += 1
+            self.wire.send(np.zeros(2, np.int64), 0, ASK)
+            self.wire.recv(self.header, 0, ANSWER)
+            self.wire.recv(shard, 0, ANSWER)
+
+    def exchange(self, shard: Array, change: Array, fetch: bool) -> None:
+        """After a push of ``change``: what the server has, and my change where that does not contain it yet."""
+        if fetch:
+            self.pull(shard)
+            if self.contained() < self.sequence:
+                shard += change
+            self.base = int(self.header[0]) + self.sequence - self.contained()
+        else:
+            self.base += 1
+
+
+class Asynchronous(Together):
+    """One of the replicas around one or several servers.
+
+    Parameters
+    ----------
+    world : Wire
+        All ranks.
+    replicas : Wire
+        The replicas.
+    servers : sequence of Wire
+        For each server the wire of it and all replicas. Collective over these.
+    size : int
+        Entries of the largest parameter vector of the run, as told to the servers.
+    """
+
+    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int) -> None:
+        super().__init__(replicas)
+        self.world = world
+        world.label = self.wire.label
         self._size = size
-        self._layout = Layout(size, self.replicas)
-        self._window = Window(everyone, self._layout.nbytes)
-        self._header = np.zeros(self._layout.header_words, np.int64)
-        self._sequence = 0  # of my last push
-        self._base = 0  # versions contained in my parameters before local steps, my own pushes among them
-        self._pulls = self._retried = self._asked = 0
+        self.links = [Link(wire, part.stop - part.start)
+                      for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
+        self._cuts: list[slice] = []  # of the phase's parameters
+        self._pulls = 0
 
     def begin(self, parameters: Array) -> None:
         if parameters.dtype != np.float32 or parameters.ndim != 1 or parameters.size > self._size:
@@ -48,24 +138,20 @@ class Asynchronous(Together):
                              f"got {parameters.dtype} {parameters.shape}")
         self._drain()
         self.wire.barrier()
+        self._cuts = cuts(parameters.size, len(self.links))
         if self.chief:
-            message = np.array([BEGIN, parameters.size], np.int64)
-            self.everyone.send(message, 0, CONTROL)
-            self.everyone.send(parameters, 0, CONTROL)
-            self.everyone.recv(message, 0, ANSWER)  # published
+            for link, part in zip(self.links, self._cuts, strict=True):
+                link.begin(parameters[part])
         self._pull_together(parameters)
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
         change = before  # its memory: the old values are needed no more
         module_of(parameters, before).subtract(parameters, before, out=change)
-        self._push(change)
-        if fetch:
-            self._pull(parameters)
-            if self._contained() < self._sequence:
-                parameters += change
-            self._base = int(self._header[0]) + self._sequence - self._contained()
-        else:
-            self._base += 1
+        for link, part in zip(self.links, self._cuts, strict=True):
+            link.push(change[part])
+        self._pulls += fetch
+        for link, part in zip(self.links, self._cuts, strict=True):
+            link.exchange(parameters[part], change[part], fetch)
         before[...] = parameters
 
     def meet(self, parameters: Array) -> None:
@@ -79,65 +165,35 @@ class Asynchronous(Together):
             super().agree(error)
         except AgreedError as agreed:
             if self.chief:
-                self.everyone.send(np.array([FAIL, 0], np.int64), 0, CONTROL)
-                self.everyone.send_text(str(agreed), 0)
+                for link in self.links:
+                    link.tell(FAIL)
+                    link.wire.send_text(str(agreed), 0)
             raise
 
     def report(self) -> dict[str, Any]:
         return super().report() | {
-            "pushes": self._sequence, "pulls": self._pulls, "reads_retried": self._retried,
-            "reads_asked": self._asked, "staleness": self._header[1 + self.replicas :].tolist()}
+            "pushes": self.links[0].sequence, "pulls": self._pulls,
+            "reads_retried": sum(link.retried for link in self.links),
+            "reads_asked": sum(link.asked for link in self.links),
+            "staleness": np.sum([link.staleness() for link in self.links], axis=0).tolist()}
 
     def close(self) -> None:
         self._drain()
         self.wire.barrier()
         if self.chief:
-            self.everyone.send(np.array([FINISH, 0], np.int64), 0, CONTROL)
-        self.everyone.close()
-
-    def _contained(self) -> int:
-        """The sequence number of my last push that is in what was pulled."""
-        return int(self._header[1 + self.replica])
+            for link in self.links:
+                link.tell(FINISH)
+        self.world.close()
 
     def _drain(self) -> None:
-        """Wait until my last push is published, so that my mailbox is free and a pull contains it."""
-        freed, pause = np.zeros(1, np.int64), Backoff()
-        with self.wire.tally.timing("waiting"):
-            while True:
-                self._window.get(freed, self._layout.freed + 8 * self.replica)
-                if freed[0] == self._sequence:
-                    return
-                pause()
-
-    def _push(self, change: Array) -> None:
-        """Put a change into my mailbox: first the change, then the number that says it is there."""
-        self._drain()
-        with span("push"):
-            self._window.put(change, self._layout.mailboxes[self.replica])
-            self._window.put(np.array([self._base], np.int64), self._layout.base + 8 * self.replica)
-            self._sequence += 1
-            self._window.put(np.array([self._sequence], np.int64), self._layout.sequence + 8 * self.replica)
-
-    def _pull(self, parameters: Array) -> None:
-        """The latest published parameters and their header, not torn."""
-        with span("pull"):
-            self._pulls += 1
-            for _ in range(ATTEMPTS):
-                published = self._window.read(self._layout.turn) // 2
-                header, values = self._layout.copies[published % 2]
-                self._window.get(self._header, header)
-                self._window.get(parameters, values)
-                if self._window.read(self._layout.turn) <= 2 * published + 2:
-                    return
-                self._retried += 1
-            self._asked += 1
-            self.everyone.send(np.zeros(2, np.int64), 0, ASK)
-            self.everyone.recv(self._header, 0, ANSWER)
-            self.everyone.recv(parameters, 0, ANSWER)
+        for link in self.links:
+            link.drain()
 
     def _pull_together(self, parameters: Array) -> None:
         """All pull while nobody pushes."""
         self.wire.barrier()
-        self._pull(parameters)
-        self._base = int(self._header[0])
+        self._pulls += 1
+        for link, part in zip(self.links, self._cuts, strict=True):
+            link.pull(parameters[part])
+            link.base = int(link.header[0])
         self.wire.barrier()

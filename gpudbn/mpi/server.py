@@ -1,4 +1,6 @@
-"""The parameter server: takes changes out of mailboxes as they arrive, publishes what comes of them.
+"""A parameter server: takes changes out of mailboxes as they arrive, publishes what comes of them.
+
+There may be several, each with its shard of the parameters (``cuts``): they know nothing of one another.
 
 It knows vectors and a step rule, not what they mean. All traffic of an update is one-sided: a
 replica writes its change into its own mailbox in the server's memory, then a sequence number, and
@@ -30,12 +32,19 @@ Rule = Callable[[np.ndarray, np.ndarray, int], None]
 CONTROL, ASK, ANSWER = 1, 2, 3  # tags
 BEGIN, FINISH, FAIL = 1, 2, 3  # first word of a control message; the second is a size
 LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
+LINE = 16  # float32 of a cache line
 STALENESS = 32  # entries of the histogram; the last counts all that are staler
 
 
 def add(parameters: np.ndarray, change: np.ndarray, staleness: int) -> None:  # noqa: ARG001
     """parameters += change: the plain rule, when replicas send differences of parameters."""
     parameters += change
+
+
+def cuts(size: int, servers: int) -> list[slice]:
+    """The shards of a vector: one for each server, in order, at multiples of a cache line; the last may be empty."""
+    part = -(-size // servers // LINE) * LINE
+    return [slice(min(i * part, size), min((i + 1) * part, size)) for i in range(servers)]
 
 
 class Layout:
@@ -64,25 +73,27 @@ class Layout:
 
 
 class Server:
-    """Rank 0 of the wire; the other ranks are the replicas.
+    """One server: rank 0 of its wire, on which the other ranks are the replicas.
 
     Parameters
     ----------
+    world : Wire
+        All ranks: other servers, too.
     wire : Wire
-        All ranks. Collective: the replicas make an ``Asynchronous`` at the same time.
+        This server and all replicas. Collective: the replicas make their ends at the same time.
     size : int
-        Entries of the largest parameter vector of the run.
+        Entries of this server's shard of the largest parameter vector of the run.
     rule : callable (parameters, change, staleness), optional
         Applies a change (float32, not modified) to the parameters (float32, in place). Staleness: how many
         changes of other replicas came in since the parameters on which the change was computed.
     """
 
-    def __init__(self, wire: Wire, size: int, rule: Rule | None = None) -> None:
-        self.wire = wire
+    def __init__(self, world: Wire, wire: Wire, size: int, rule: Rule | None = None) -> None:
+        self.world, self.wire = world, wire
         self.replicas = wire.size - 1
         self.rule = rule or add
-        wire.label = "server"
-        wire.split(0)
+        servers = world.size - self.replicas
+        world.label = "server" if servers == 1 else f"server {world.rank} of {servers}"
         self._layout = Layout(size, self.replicas)
         self._window = Window(wire, self._layout.nbytes)
         self._turn = self._words(self._layout.turn, 1)
@@ -106,7 +117,7 @@ class Server:
 
     def agree(self, error: str | None) -> None:
         """Before ``serve``: raise on all ranks if one has an error; see ``Exchange.agree``."""
-        self.wire.agree(error)
+        self.world.agree(error)
 
     def serve(self) -> dict[str, Any]:
         """Serve until replica 0 says that the run is over.
@@ -134,7 +145,7 @@ class Server:
                 pause.reset()
             else:
                 pause()
-        self.wire.close()
+        self.world.close()
         return {"applied": self._applied.tolist(), "version": int(self._version[0]),
                 "staleness": self._staleness.tolist(), "asked": self._asked,
                 "seconds": {"busy": busy, "idle": time.perf_counter() - started - busy}}

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,13 @@ class Wire:
         """The wire of those that call with the same color, in the same order; collective."""
         self.barrier()
         return Wire(self.mpi, self.comm.Split(color, self.rank), parent=self)
+
+    def among(self, ranks: Sequence[int]) -> Wire | None:
+        """The wire of these ranks of mine, numbered in this order; None on the others. Collective over all."""
+        self.barrier()
+        mine = self.rank in ranks
+        comm = self.comm.Split(0 if mine else self.mpi.UNDEFINED, ranks.index(self.rank) if mine else 0)
+        return Wire(self.mpi, comm, parent=self) if mine else None
 
     def local_rank(self) -> int:
         """My number among the ranks of this wire that share memory with me; collective."""

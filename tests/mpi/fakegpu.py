@@ -60,6 +60,11 @@ class FakeArray:
         self._values += other._values
         return self
 
+    def __getitem__(self, part):
+        view = FakeArray.__new__(FakeArray)
+        view._values = self._values[part]
+        return view
+
     def __setitem__(self, key, other):
         self._values[key] = other._values
 

@@ -23,11 +23,12 @@ def test_in_step():
     assert bits[1] == bits[2] == bits[4]
 
 
-def served(what, replicas=2):
-    """Run a case of ``asynchronous.py``; its lines and the server's statistics."""
-    lines = good_job(replicas + 1, "asynchronous", what, replicas).splitlines()
-    (server,) = [json.loads(line.removeprefix("server ")) for line in lines if line.startswith("server ")]
-    return lines, server
+def served(what, replicas=2, servers=1):
+    """Run a case of ``asynchronous.py``; its lines and the statistics of each server."""
+    lines = good_job(replicas + servers, "asynchronous", what, replicas, servers).splitlines()
+    found = [json.loads(line.removeprefix("server ")) for line in lines if line.startswith("server ")]
+    assert len(found) == servers
+    return lines, *found
 
 
 def test_every_change_is_applied_exactly_once():
@@ -37,9 +38,17 @@ def test_every_change_is_applied_exactly_once():
     assert sum(server["staleness"]) == 600
 
 
-def test_reads_by_message():
-    _, server = served("ask")
-    assert server["asked"] == 2 * 52
+def test_every_server_applies_every_change_to_its_shard_exactly_once():
+    _, *servers = served("exactly_once", servers=3)
+    for server in servers:
+        assert server["applied"] == [200] * 2
+        assert sum(server["staleness"]) == server["version"] == 400
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_reads_by_message(servers):
+    _, *found = served("ask", servers=servers)
+    assert [server["asked"] for server in found] == servers * [2 * 52]
 
 
 def test_a_single_replica_is_never_stale():
@@ -65,8 +74,9 @@ def test_reads_of_a_single_copy_are_torn():
 
 
 @pytest.mark.parametrize("what", ["own_writes", "phases", "pretended_device", "quadratic"])
-def test_around_a_server(what):
-    served(what)
+@pytest.mark.parametrize("servers", [1, 2])
+def test_around_servers(what, servers):
+    served(what, servers=servers)
 
 
 def test_waiting_ranks_sleep():

@@ -83,6 +83,8 @@ def test_modes(no_launcher):
         connect("asink", 10)
     with pytest.raises(UserError, match=r"async must have at least 2 ranks.*got 1. Start it with mpirun"):
         connect("async", 10)
+    with pytest.raises(UserError, match=r"async must have at least 4 ranks, 3 servers and a replica; got 1. .* -n 5,"):
+        connect("async", 10, servers=3)
     no_launcher.setenv("PMI_RANK", "0")
     no_launcher.setenv("PMI_SIZE", "1")
     with pytest.raises(UserError, match=r"async must have at least 2 ranks"):

@@ -10,11 +10,12 @@ import itertools
 from collections import deque
 
 import numpy as np
+import pytest
 
 from gpudbn.mpi import replica as replica_module
 from gpudbn.mpi import server as server_module
 from gpudbn.mpi.replica import Asynchronous
-from gpudbn.mpi.server import Server
+from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import Tally
 
 
@@ -82,8 +83,9 @@ class Job:
         self.ranks = replicas + 1
         self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
         self.states = None
-        self.server = Server(FakeWire(self, 0), size, rule)
-        self.replicas = [Asynchronous(FakeWire(self, rank), size) for rank in range(1, self.ranks)]
+        self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
+        self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size)
+                         for rank in range(1, self.ranks)]
 
     def answer(self):
         for (source, to, tag), queue in self.messages.items():
@@ -171,6 +173,15 @@ def test_a_rule_gets_parameters_change_and_staleness(monkeypatch):
     assert (job.server._parameters == 1.5).all()
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 4_099])
+@pytest.mark.parametrize("servers", [1, 2, 3, 7])
+def test_servers_share_out_a_vector_at_multiples_of_a_cache_line(size, servers):
+    parts = cuts(size, servers)
+    assert len(parts) == servers
+    assert np.concatenate([np.arange(size)[part] for part in parts]).tolist() == list(range(size))
+    assert all(part.start % 16 == 0 or part.start == size for part in parts)
+
+
 def visible(states, generator):
     """States of memory that others may see, in order: at each sync, and mixtures of two neighbours."""
     for old, new in itertools.pairwise(states):
@@ -222,17 +233,18 @@ def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch):
         raise Asked
 
     monkeypatch.setattr(job, "answer", answer)
-    one._window = window = Reader(FakeWire(job, 1), job.memory.nbytes)
+    (link,) = one.links
+    link.window = window = Reader(FakeWire(job, 1), job.memory.nbytes)
     accepted, freed = 0, np.zeros(1, np.int64)
     for _ in range(schedules):
         window.now = int(generator.integers(len(seen)))
-        window.get(freed, one._layout.freed)
+        window.get(freed, link.layout.freed)
         try:
-            one._pull(p)
+            link.pull(p)
         except Asked:
             continue
         accepted += 1
         assert (p == p[0]).all(), "torn"
-        assert one._header[0] == p[0], "parameters and header of different versions"
-        assert one._contained() >= freed[0], "freed before it was published"
+        assert link.header[0] == p[0], "parameters and header of different versions"
+        assert link.contained() >= freed[0], "freed before it was published"
     assert accepted > schedules / 2

@@ -92,6 +92,12 @@ def test_a_server_and_two_replicas_learn_the_digits(asynchronous):
     assert load(out).predict(np.zeros((2, 64))).shape == (2,)
 
 
+def test_two_servers_and_two_replicas_learn_the_digits(tmp_path):
+    said = train(4, "--servers", 2, "--out", tmp_path / "run", "--plots", "off", "--finetune-epochs", 30)
+    assert "2 asynchronous replicas around 2 parameter servers" in said
+    assert error_of(tmp_path / "run") < 0.07
+
+
 def test_an_asynchronous_run_tells_what_it_did(asynchronous):
     out, _ = asynchronous
     report = next(r for r in records(out) if r["phase"] == "report")

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from gpudbn.mpi import connect, replica
-from gpudbn.mpi.server import Server, add
+from gpudbn.mpi.server import Server, add, cuts
 from gpudbn.mpi.wire import guarded
 from tests.mpi import fakegpu
 
@@ -37,7 +37,7 @@ def exactly_once(exchange, size=4_099, pushes=200):
     report = exchange.report()
     assert report["pushes"] == pushes
     assert report["pulls"] == pushes + 2
-    assert sum(report["staleness"]) == pushes * exchange.replicas
+    assert sum(report["staleness"]) == pushes * exchange.replicas * len(exchange.links)
 
 
 def own_writes(exchange, size=50, pushes=40):
@@ -99,7 +99,8 @@ def contention(exchange, size=1_000_003, pushes=120):
 
 def single_copy(exchange):
     """The planted fault: one copy, read without looking whether it is being written."""
-    exchange._window.read = lambda _: 0
+    for link in exchange.links:
+        link.window.read = lambda _: 0
     contention(exchange)
 
 
@@ -107,7 +108,8 @@ def ask(exchange):
     """Every read goes by message."""
     replica.ATTEMPTS = 0
     exactly_once(exchange, pushes=50)
-    assert exchange.report()["reads_asked"] == exchange.report()["pulls"] == 52
+    assert exchange.report()["pulls"] == 52
+    assert exchange.report()["reads_asked"] == 52 * len(exchange.links)
 
 
 def pretended_device(exchange, size=1_009, pushes=30):
@@ -122,7 +124,7 @@ def pretended_device(exchange, size=1_009, pushes=30):
         parameters += one
         exchange.exchange(parameters, before)
         assert fakegpu.STREAM.synchronised >= start + 2  # the push and the pull
-        assert all_equal(parameters.peek())
+        assert all(all_equal(parameters.peek()[part]) for part in cuts(size, len(exchange.links)))
     exchange.meet(parameters)
     assert (parameters.peek() == pushes * exchange.replicas).all()
 
@@ -167,10 +169,12 @@ def slow_rule(parameters, change, staleness):
 
 def main():
     what = sys.argv[1]
+    servers = int(sys.argv[3])
     exchange = connect("async", 1_000_003 if what in ("contention", "single_copy") else 4_099,
-                       rule=slow_rule if what == "own_writes" else None)
+                       rule=slow_rule if what == "own_writes" else None, servers=servers)
     if what == "single_copy":
-        exchange._layout.copies[1] = exchange._layout.copies[0]
+        for layout in [exchange._layout] if isinstance(exchange, Server) else [link.layout for link in exchange.links]:
+            layout.copies[1] = layout.copies[0]
     if isinstance(exchange, Server):
         start, used = time.perf_counter(), time.process_time()
         statistics = exchange.serve()
