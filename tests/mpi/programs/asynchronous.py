@@ -179,7 +179,8 @@ def main():
         start, used = time.perf_counter(), time.process_time()
         statistics = exchange.serve()
         statistics["cpu"] = (time.process_time() - used) / (time.perf_counter() - start)
-        print("server", json.dumps(statistics), flush=True)
+        sys.stdout.write(f"server {json.dumps(statistics)}\n")  # in one piece
+        sys.stdout.flush()
         return
     assert exchange.replicas == int(sys.argv[2])
     assert not exchange.cuts_batches
