@@ -34,12 +34,14 @@ make install
 [ -e "$prefix/lib/openmpi/mca_accelerator_cuda.so" ] \
     || { echo "openmpi.sh: Open MPI must have CUDA; it was built without" >&2; exit 1; }
 
-# All messages go through UCX, on machines without InfiniBand, too; windows do not: UCX's have hung.
+# All messages go through UCX, on machines without InfiniBand, too; windows do not: UCX's have hung. What needs the driver
+# is missing without a GPU, silently.
 cat >"$prefix/etc/openmpi-mca-params.conf" <<'END'
 pml = ucx
 osc = ^ucx
 opal_common_ucx_tls = any
 opal_common_ucx_devices = any
+mca_base_component_show_load_errors = ^accelerator/cuda,btl/smcuda,rcache/gpusm,rcache/rgpusm
 END
 # gpudbn divides a node's cores among its ranks itself, and the server's rank needs none of its own.
 cat >"$prefix/etc/prte-mca-params.conf" <<'END'

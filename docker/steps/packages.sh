@@ -5,8 +5,9 @@
 set -euo pipefail
 
 case ${1:-} in
-    # the libraries with -dev are InfiniBand's
-    build) packages=(bzip2 ca-certificates curl file g++ libibverbs-dev librdmacm-dev make patch perl pkg-config python3-venv) ;;
+    # libibverbs and librdmacm are InfiniBand's
+    build) packages=(bzip2 ca-certificates curl file g++ libibverbs-dev librdmacm-dev make patch perl pkg-config python3-venv
+                     zlib1g-dev) ;;
     gpu) packages=(ca-certificates ibverbs-providers libibverbs1 librdmacm1t64 openssh-client openssh-server python3 tini) ;;
     cpu) packages=(ca-certificates python3-venv tini) ;;
     profile) packages=(cuda-nsight-systems-13-0) ;;  # from NVIDIA's repository, which its images bring along
