@@ -62,7 +62,7 @@ class DBN:
         W0, ..., c0, ...: the fine-tuned network; its last pair is the softmax layer.
     about : dict
         What must be known to use the model, kept in its file: ``binarise`` ('none', 'threshold' or
-        'stochastic'), ``image_shape``, ``classes``, ``data``.
+        'stochastic'), ``precision`` (``set_precision``), ``image_shape``, ``classes``, ``data``.
     """
 
     def __init__(self, sizes: Sequence[int], xp: ModuleType = np, shards: Shards = WHOLE) -> None:
@@ -72,7 +72,13 @@ class DBN:
         self.shards = shards
         self.layers = [RBM(n, m, xp, shards) for n, m in itertools.pairwise(self.sizes)]
         self.classifier: Parameters | None = None
-        self.about: dict[str, Any] = {"binarise": "none"}
+        self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
+
+    def set_precision(self, precision: str) -> None:
+        """The arithmetic of all layers, as in ``reference.half_step``; the classifier's stays float32."""
+        self.about["precision"] = precision
+        for rbm in self.layers:
+            rbm.precision = precision
 
     @property
     def xp(self) -> ModuleType:
@@ -150,7 +156,7 @@ class DBN:
             raise UserError(f"sample: count and steps must be at least 1; got {count} and {steps}")
         xp, top = self.xp, self.layers[-1]
         if start is None:
-            v = twins_of(top.b).sigmoid(xp.tile(top.b, (count, 1)))
+            v = twins_of(top.b).sigmoid(xp.tile(top.b, (count, 1)), precision=top.precision)
             twins_of(v).bernoulli(v, v, seed=seed, update=0, site=site(Purpose.SAMPLING, len(self.layers) - 1, 2))
         else:
             v = self.prepare(start)
@@ -277,7 +283,8 @@ def load(path: str | Path, xp: ModuleType = np) -> DBN:
     try:
         dbn = DBN(about.pop("sizes"), xp)
         dbn.set_arrays(found)
-        dbn.about = {"binarise": "none"} | {k: v for k, v in about.items() if k != "kind"}
+        dbn.about |= {k: v for k, v in about.items() if k != "kind"}
+        dbn.set_precision(dbn.about["precision"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: must be a gpudbn model; got metadata without {error}") from None
     return dbn

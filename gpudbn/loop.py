@@ -75,6 +75,7 @@ class Training:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
         dbn.about["binarise"] = settings.binarise  # measures and the finished model see rows as training does
+        dbn.set_precision(settings.precision)
         self.progress = progress
         self.interrupt = False
         self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches

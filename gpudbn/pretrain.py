@@ -171,7 +171,8 @@ class LayerPhase(Phase):
         dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n : size]
         count = len(piece.positions)
         centred = self.offsets.centre(v, h, count, out[size:]) if self.offsets else {}
-        self.twins.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight, **centred)
+        self.twins.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight, **centred,
+                           precision=self.rbm.precision)
 
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
@@ -188,7 +189,8 @@ class LayerPhase(Phase):
         centred = self.offsets.centre(v, h, count) if self.offsets else {}
         self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h, count,
                              model_weight=piece.model_weight, **centred, rate=self.rate, momentum=self.momentum,
-                             decay=self.settings.decay, rates=None if piece.clock is None else self.rates)
+                             decay=self.settings.decay, rates=None if piece.clock is None else self.rates,
+                             precision=self.rbm.precision)
         if self.offsets:
             self.offsets.step(self.offsets.moved, count)
 
@@ -205,11 +207,14 @@ class LayerPhase(Phase):
         return [self.rbm.free_energy(v).sum(dtype=np.float64), (difference * difference).sum(dtype=np.float64)]
 
     def visible_means(self, rows: Rows, at_most: int = 10_000, at_once: int = 500) -> Array:
-        """Means of the visible units over the first rows of the data: for the initial biases. Array (n,)."""
-        count = min(len(rows), at_most)
-        total = sum(self._inputs(rows, np.arange(lo, min(lo + at_once, count))).sum(axis=0, dtype=np.float64)
-                    for lo in range(0, count, at_once))
-        return (total / count).astype(np.float32)
+        """Means of the visible units over the first rows of the data: for the initial biases. Array (n,).
+
+        Sums are of multiples of 2^-24, exact in float64: the same bits in any order.
+        """
+        count, xp, steps = min(len(rows), at_most), self.dbn.xp, np.float32(2**24)
+        total = sum(xp.rint(self._inputs(rows, np.arange(lo, min(lo + at_once, count))) * steps)
+                    .sum(axis=0, dtype=np.float64) for lo in range(0, count, at_once))
+        return (total / count / float(steps)).astype(np.float32)
 
     def initialise(self, rows: Rows) -> None:
         """Initial parameters: small weights, biases for the means of the units. The same on every replica."""

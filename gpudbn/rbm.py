@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gpudbn.arrays import Array, module_of
+from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.draws import Purpose, normals, site
+from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters, rbm_shapes
 from gpudbn.reference import bernoulli
 from gpudbn.shards import WHOLE, Shards
@@ -42,6 +43,8 @@ class RBM:
         The hidden units that are here.
     width : int
         How many they are.
+    precision : str
+        Of half-steps and gradients, as in ``reference.half_step``.
     """
 
     def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE) -> None:
@@ -50,6 +53,7 @@ class RBM:
         self.width = self.mine.stop - self.mine.start
         self.columns = {"column": self.mine.start, "columns": m}  # of the draws of hidden units
         self.parameters = Parameters(rbm_shapes(n, self.width), xp)
+        self.precision = "fp32"
 
     @property
     def W(self) -> Array:  # noqa: N802 - the papers' letter
@@ -79,9 +83,9 @@ class RBM:
         self.W[...] = xp.asarray(W) * np.float32(sd)
         self.c[...] = np.log(hidden_mean / (1 - hidden_mean))
         self.b[...] = 0
-        if visible_means is not None:
-            p = xp.clip(xp.asarray(visible_means), 1e-3, 1 - 1e-3)
-            self.b[...] = xp.log(p / (1 - p))
+        if visible_means is not None:  # on the host, whose logarithm gives every device the same bits
+            p = np.clip(to_cpu(visible_means).astype(np.float64), 1e-3, 1 - 1e-3)
+            self.b[...] = xp.asarray(np.log(p / (1 - p)).astype(np.float32))
 
     def energy(self, v: Array, h: Array) -> Array:
         """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
@@ -101,13 +105,17 @@ class RBM:
 
     def up(self, sample: Array | None, mean: Array | None, v: Array, **address: Any) -> None:
         """mean <- P(h = 1 | v), sample ~ P(h | v): arrays (B, m), or None where not wanted; from v (B, n)."""
-        twins_of(v, self.W).half_step(sample, mean, v, self.W, self.c, **address, **self.columns)
+        twins_of(v, self.W).half_step(sample, mean, v, self.W, self.c, precision=self.precision, **address,
+                                      **self.columns)
 
     def down(self, sample: Array | None, mean: Array | None, h: Array, **address: Any) -> None:
         """mean <- P(v = 1 | h), sample ~ P(v | h): arrays (B, n), or None where not wanted; from h (B, m)."""
         twins = twins_of(h, self.W)
         if self.shards.count == 1:  # in one launch
-            twins.half_step(sample, mean, h, self.W, self.b, transpose=True, **address)
+            twins.half_step(sample, mean, h, self.W, self.b, transpose=True, precision=self.precision, **address)
+        elif self.precision == "exact":
+            raise UserError("--precision exact: must have whole layers; got layers cut into "
+                            f"{self.shards.count} shards, between which float32 sums cross")
         else:
             out = sample if mean is None else mean
             module_of(h).matmul(h, self.W.T, out=out)

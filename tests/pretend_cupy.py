@@ -414,8 +414,8 @@ class ufunc:  # noqa: N801 - CuPy's name
 
 
 UFUNCS = ("absolute", "add", "divide", "equal", "exp", "greater", "greater_equal", "isfinite", "less", "less_equal",
-          "log", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "sqrt", "square",
-          "subtract", "tanh")
+          "log", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "rint", "sqrt",
+          "square", "subtract", "tanh")
 for _name in UFUNCS:
     globals()[_name] = ufunc(getattr(np, _name))
 

@@ -133,7 +133,7 @@ def test_an_update_is_sums_and_a_step(method):
 
 @pytest.mark.parametrize(("line", "fault"), [
     ("scale=1 / count,", "scale=1 / self.settings.batch,"),
-    ("model_weight=piece.model_weight, **centred)", "model_weight=1, **centred)"),
+    ("model_weight=piece.model_weight, **centred,\n", "model_weight=1, **centred,\n"),
     ("model_weight=piece.model_weight, **centred, rate", "model_weight=1, **centred, rate"),
     ("momentum=self.momentum, decay=self.settings.decay)", "momentum=self.momentum, decay=0)"),
     ("out[n * m : n * m + n], out[n * m + n : size]", "out[n * m + m :], out[n * m : n * m + m]"),
@@ -200,7 +200,7 @@ def test_a_layer_begins_at_the_means_of_its_inputs_and_is_measured_by_the_plain_
 @pytest.mark.parametrize(("line", "fault"), [
     ("return self.dbn.transform(x, self.layer)", "return self.dbn.transform(x, 0)[:, :self.rbm.n]"),
     ("visible_means=means, hidden", "visible_means=None, hidden"),
-    ("(total / count).astype", "(total / len(rows)).astype"),
+    ("(total / count / float", "(total / len(rows) / float"),
     ("min(lo + at_once, count)", "min(lo + at_once - 1, count)"),
     ("sd=self.settings.initial_weights", "sd=0.01"),
     ("(difference * difference).sum(", "abs(difference).sum("),
