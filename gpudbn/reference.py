@@ -19,6 +19,7 @@ import numpy as np
 
 from gpudbn import exact
 from gpudbn.draws import uniforms
+from gpudbn.precision import bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
 from gpudbn.scratch import PIECE, Scratch
 
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
@@ -83,8 +84,31 @@ def activate(sample, mean, x, bias, *, seed=0, update=0, site=0, row=0, column=0
                   clock=clock)
 
 
-def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", seed=0, update=0, site=0, row=0, column=0,
-              columns=None, clock=None):
+def product(out, a, b, precision="fp32"):
+    """out <- a b, of operands rounded as ``precision`` says: the twin of ``kernels/product.cuh``.
+
+    Parameters
+    ----------
+    out : array (rows, columns), float32
+        Overwritten.
+    a, b : arrays (rows, depth), (depth, columns), float32
+    precision : str
+        ``fp32``, or what tensor cores multiply: see ``gpudbn.precision``.
+    """
+    if precision == "fp32":
+        np.matmul(a, b, out=out)
+    elif precision == "bf16x2":
+        (a_high, a_low), (b_high, b_low) = bf16_parts(a), bf16_parts(b)
+        np.matmul(a_high, b_high, out=out)
+        np.add(out, a_high @ b_low, out=out)
+        np.add(out, a_low @ b_high, out=out)
+    else:
+        rounded = {"bf16": bf16, "tf32": tf32}[precision]
+        np.matmul(rounded(a), rounded(b), out=out)
+
+
+def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", seed=0, update=0, site=0, row=0,
+              column=0, columns=None, clock=None):
     """mean <- sigmoid(x W + bias), sample ~ Bernoulli(mean): half a Gibbs step.
 
     Parameters
@@ -98,8 +122,8 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", se
     W : array (n, m), float32; or (m, n) with ``transpose``
         Weights. ``transpose`` multiplies by W^T: the step from hidden to visible.
     bias : array (m,), float32
-    precision : 'fp32' or 'exact'
-        Products in float32; or of integers, so that all bits are the same everywhere, see ``exact``.
+    precision : str
+        What x and W are rounded to for their product, or ``exact``, see ``gpudbn.precision``.
     seed, update, site, row, column, columns, clock
         Address of ``sample[0, 0]``, see ``draws``.
 
@@ -107,6 +131,7 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", se
     -----
     Hinton, "A practical guide to training restricted Boltzmann machines" (2012), section 3.
     """
+    check_precision("half_step", precision)
     if precision == "exact":
         out = exact.half_step(sample if mean is None else mean, x, W, bias, transpose=transpose)
         if sample is not None:
@@ -114,7 +139,7 @@ def half_step(sample, mean, x, W, bias, *, transpose=False, precision="fp32", se
             bernoulli(sample, out, seed=seed, **address, clock=clock)
         return
     out = sample if mean is None else mean
-    np.matmul(x, W.T if transpose else W, out=out)
+    product(out, x, W.T if transpose else W, precision)
     activate(sample, mean, out, bias, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
              clock=clock)
 
@@ -520,22 +545,6 @@ def note_not_finite(flag, x, *, phase, update, clock=None):
 
 
 # ------------------------------------------------------------------------------------------ large layers, in bf16
-
-
-def round_to_bf16(x):
-    """The upper halves of float32, rounded to nearest, ties to even: bf16, kept as uint16. NaN stays NaN.
-
-    Of any array module.
-    """
-    bits = x.view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    rounded[x != x] = 0x7FFF
-    return rounded
-
-
-def from_bf16(bits):
-    """The values of bf16, float32: they are all exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def half_step_wgmma(sample, mean, x, W, bias, *, W_low=None, transpose=False, seed=0, update=0, site=0, row=0, column=0,

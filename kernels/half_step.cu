@@ -13,7 +13,7 @@
 // Launch: one block of THREADS threads a tile; x: tiles of rows, y: tiles of columns, so that blocks that run together share
 // columns of W. Where `column` is no multiple of 4 the tiles begin at -(column % 4), so that four columns of a thread are
 // always one Philox block: the grid must cover m + column % 4 columns. Tails guarded.
-// Numerics: float32 sums, SLICES partial sums of n / SLICES terms; the rest as in sigmoid.cuh and philox.cuh.
+// Numerics: products as in product_fp32.cuh or product_mma.cuh; the rest as in sigmoid.cuh and philox.cuh.
 // Source: Hinton, "A practical guide to training restricted Boltzmann machines" (2012), section 3.
 // Twin: reference.half_step
 #include "philox.cuh"
@@ -43,7 +43,7 @@ __device__ __forceinline__ void half_step_tile(float* sample, float* mean, const
     });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 half_step(float* sample, float* mean, const float* __restrict__ x, const float* __restrict__ W,
           const float* __restrict__ bias, int B, int n, int m,
           u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
@@ -51,7 +51,7 @@ half_step(float* sample, float* mean, const float* __restrict__ x, const float* 
     half_step_tile<ALONG_LINES>(sample, mean, x, W, bias, B, n, m, {seed, update, site, row, column, blocks, clock});
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 half_step_transposed(float* sample, float* mean, const float* __restrict__ x, const float* __restrict__ W,
                      const float* __restrict__ bias, int B, int n, int m,
                      u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)

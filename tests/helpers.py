@@ -23,6 +23,15 @@ def assert_close(actual, expected, *, atol=0.0, rtol=0.0):
     assert (excess <= 0).all(), f"worst at {worst}: {actual[worst]} against {expected[worst]}"
 
 
+def nearest(x, bits, *, ties_to_even):
+    """Float32 rounded to so many significant bits, by float64 arithmetic; below 2^-100 it need not be right."""
+    with np.errstate(over="ignore", invalid="ignore"):  # NaNs of all kinds
+        fraction, exponent = np.frexp(x.astype(np.float64))
+        scaled = np.abs(fraction) * 2**bits
+        whole = np.rint(scaled) if ties_to_even else np.floor(scaled + 0.5)
+        return np.ldexp(np.copysign(whole, fraction), exponent - bits).astype(np.float32)
+
+
 def assert_notices(check, module, line, fault):
     """``check`` passes as things are, and fails while ``line`` of the module's source reads ``fault``."""
     check()

@@ -17,7 +17,7 @@ import gpudbn
 
 FLOORS = """
     errors draws scratch tracing mpi/launch
-    arrays exact settings
+    arrays exact precision settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/turns cuda/wgmma data/checks

@@ -91,7 +91,7 @@ def test_a_half_step_is_the_plain_formula_and_a_comparison_with_u(transpose, col
     ("np.less(u, mean, out=sample", "np.greater(u, mean, out=sample"),
     ("bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,",
      "bernoulli(sample, out, seed=seed, update=update, site=site, row=row,"),
-    ("out = sample if mean is None else mean\n    np.matmul", "out = mean\n    np.matmul"),
+    ("out = sample if mean is None else mean\n    product", "out = mean\n    product"),
 ])
 def test_a_wrong_half_step_is_noticed(line, fault):
     assert_notices(lambda: check_half_step(True, 3, 13), reference, line, fault)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class Tile:
     columns: int
     depth: int
     slices: int
+
+    shared: ClassVar[int] = 0  # bytes of dynamic shared memory of a block
 
     @property
     def threads(self) -> int:

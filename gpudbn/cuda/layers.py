@@ -1,9 +1,10 @@
-"""Launches of the products of one layer: half-steps and gradients, in float32 or exact."""
+"""Launches of the products of one layer: half-steps and gradients, in float32, rounded or exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,12 +12,13 @@ from gpudbn.arrays import Array
 from gpudbn.cuda import exact
 from gpudbn.cuda.door import ADDRESS, MOST_IN_Y, NOWHERE, POINTER, RATES, Door, Kinds, Unit
 from gpudbn.exact import check_terms
+from gpudbn.precision import PRECISIONS, TENSOR_CORES, check_precision
 from gpudbn.reference import decoupled
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut among threads; the constants of ``product.cuh``.
+    """How a product in float32 is cut among threads; the constants of ``product_fp32.cuh``.
 
     A block makes ``rows`` x ``columns`` sums, a thread ``thread_rows`` x 4; ``depth`` terms are
     in shared memory at a time, and ``slices`` groups of threads share them out.
@@ -27,6 +29,8 @@ class Tile:
     depth: int
     thread_rows: int
     slices: int
+
+    shared: ClassVar[int] = 0  # bytes of dynamic shared memory of a block
 
     @property
     def threads(self) -> int:
@@ -40,7 +44,48 @@ class Tile:
     def constants(self) -> dict[str, int]:
         """The constants as the kernels see them."""
         return {"TILE_ROWS": self.rows, "TILE_COLUMNS": self.columns, "TILE_DEPTH": self.depth,
-                "THREAD_ROWS": self.thread_rows, "SLICES": self.slices, "THREADS": self.threads}
+                "THREAD_ROWS": self.thread_rows, "SLICES": self.slices, "THREADS": self.threads,
+                "BLOCKS_PER_PROCESSOR": 2, "TENSOR_CORES": 0}
+
+
+@dataclass(frozen=True)
+class TensorTile:
+    """How a product on tensor cores is cut among warps; the constants of ``product_mma.cuh``.
+
+    A block makes ``rows`` x ``columns`` sums, a warp ``warp_rows`` x ``warp_columns``; ``slices`` groups of warps
+    share out the ``depth`` terms of a piece, of which ``stages`` are in shared memory or on their way.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warp_rows: int
+    warp_columns: int
+    slices: int
+    stages: int
+    blocks_per_processor: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.rows // self.warp_rows) * (self.columns // self.warp_columns) * self.slices
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory of a block."""
+        return 4 * self.stages * (self.rows + self.columns) * self.depth
+
+    def constants(self, precision: str) -> dict[str, int]:
+        """The constants as the kernels see them."""
+        return {"TILE_ROWS": self.rows, "TILE_COLUMNS": self.columns, "TILE_DEPTH": self.depth,
+                "WARP_ROWS": self.warp_rows, "WARP_COLUMNS": self.warp_columns, "SLICES": self.slices,
+                "STAGES": self.stages, "THREADS": self.threads, "BLOCKS_PER_PROCESSOR": self.blocks_per_processor,
+                "TENSOR_CORES": 1, "TF32": int(precision == "tf32"), "PARTS": 2 if precision == "bf16x2" else 1}
+
+    def reads(self, rows: int, columns: int, processors: int) -> int:
+        """What the busiest multiprocessor reads for a product, in operands' lines."""
+        blocks = -(-rows // self.rows) * -(-columns // self.columns)
+        return -(-blocks // processors) * (self.rows + self.columns)
 
 
 # Small tiles for small layers: half_step makes 112 blocks of 784x500 at B = 100, about one for each of the 132
@@ -51,6 +96,17 @@ TILES = {
     "half_step large": Tile(rows=64, columns=64, depth=32, thread_rows=4, slices=1),
     "cd_update small": Tile(rows=32, columns=32, depth=64, thread_rows=4, slices=4),
     "cd_update large": Tile(rows=128, columns=64, depth=32, thread_rows=8, slices=1),
+}
+
+# Tensor cores multiply faster than operands come: the larger a tile, the less it reads for each sum, but the fewer
+# multiprocessors have one. All have eight warps. A multiprocessor of sm_86 has room for one block of the small two.
+TENSOR_TILES = {
+    "small": TensorTile(rows=32, columns=32, depth=128, warp_rows=32, warp_columns=32, slices=8, stages=3,
+                        blocks_per_processor=2),
+    "medium": TensorTile(rows=64, columns=64, depth=64, warp_rows=32, warp_columns=32, slices=2, stages=3,
+                         blocks_per_processor=2),
+    "large": TensorTile(rows=128, columns=256, depth=32, warp_rows=64, warp_columns=64, slices=1, stages=3,
+                        blocks_per_processor=1),
 }
 
 _I4, _F4 = np.int32, np.float32
@@ -66,25 +122,41 @@ KERNELS: dict[str, dict[str, Kinds]] = {
 
 UNITS: Mapping[str, Unit] = {
     **{name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants()) for name, tile in TILES.items()},
+    **{f"half_step {precision} {size}": Unit("half_step.cu", KERNELS["half_step"], tile.constants(precision))
+       for precision in TENSOR_CORES for size, tile in TENSOR_TILES.items()},
     **exact.UNITS,
 }
 
 
-def kernel_of(function: str, precision: str, what: str, terms: int) -> str:
-    """The name of the kernel that has this precision; ``terms`` are those of its sums."""
-    if precision == "fp32":
-        return function
+def kernel_of(function: str, precision: str, what: str, terms: int, known: Sequence[str] = ("fp32", "exact")) -> str:
+    """The name of the kernel that has this precision, which must be ``known``; ``terms`` are those of its sums."""
+    check_precision(function, precision, known)
     if precision == "exact":
         check_terms(function, what, terms)
         return f"{function}_exact"
-    raise ValueError(f"{function}: precision must be fp32 or exact; got {precision}")
+    return function
 
 
 class Layers(Door):
     """The half-step and the gradient of contrastive divergence."""
 
-    def _choose(self, name: str, rows: int, columns: int) -> tuple[str, Tile | exact.Tile]:
-        """The large tile where it makes enough blocks for half the chip, since each does twice the work a read."""
+    tensor_tiles: Mapping[str, TensorTile] = TENSOR_TILES  # to choose from
+
+    def _choose(self, name: str, rows: int, columns: int,
+                precision: str = "fp32") -> tuple[str, Tile | exact.Tile | TensorTile]:
+        """The tile for a product.
+
+        The large one where it makes enough blocks for half the chip, since each does twice the work a read. Where
+        operands are rounded, that with which the busiest multiprocessor reads least; of equals the largest, with which
+        all of them together read least.
+        """
+        if precision in TENSOR_CORES:
+            sizes = [size for size, tile in self.tensor_tiles.items() if tile.shared <= self.shared_memory]
+            if not sizes:
+                raise ValueError(f"{name}: precision must be fp32 on this GPU; got {precision}. "
+                                 f"A block has {self.shared_memory} bytes of shared memory, too few")
+            size = min(reversed(sizes), key=lambda size: self.tensor_tiles[size].reads(rows, columns, self.processors))
+            return f"{name} {precision} {size}", self.tensor_tiles[size]
         tiles = TILES if f"{name} large" in TILES else exact.TILES
         size = "large" if 2 * tiles[f"{name} large"].blocks(rows, columns) >= self.processors else "small"
         return f"{name} {size}", tiles[f"{name} {size}"]
@@ -97,7 +169,7 @@ class Layers(Door):
         else:
             n, m = self._check("half_step", "W", W, "n", "m")
         B, _ = self._check("half_step", "x", x, "B", n)
-        kernel = kernel_of("half_step", precision, "n", n)
+        kernel = kernel_of("half_step", precision, "n", n, PRECISIONS)
         self._check("half_step", "bias", bias, m)
         if sample is None and mean is None:
             raise ValueError("half_step: one of sample and mean must be given; got None for both")
@@ -111,12 +183,12 @@ class Layers(Door):
         if B == 0 or m == 0:
             return
         self._check_apart("half_step", {"sample": sample, "mean": mean}, {"x": x, "W": W, "bias": bias})
-        unit, tile = self._choose(kernel, B, m + shift)
+        unit, tile = self._choose(kernel, B, m + shift, precision)
         grid = -(-B // tile.rows), -(-(m + shift) // tile.columns)
         if grid[1] > MOST_IN_Y:
             raise ValueError(f"half_step: m must be at most {MOST_IN_Y * tile.columns - 3}; got {m}")
         self._launch(unit, f"{kernel}_transposed" if transpose else kernel, grid, tile.threads,
-                     sample, mean, x, W, bias, B, n, m, *where)
+                     sample, mean, x, W, bias, B, n, m, *where, shared=tile.shared)
 
     def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, precision="fp32"):
         """See ``reference.cd_sums``."""

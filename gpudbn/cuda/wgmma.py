@@ -1,6 +1,6 @@
 """Launches of the products of one large layer on Hopper's tensor cores: ``half_step_wgmma.cu``, ``cd_update_wgmma.cu``.
 
-Matrices of bf16 are arrays of uint16 (see ``reference.round_to_bf16``) whose rows begin at
+Matrices of bf16 are arrays of uint16 (see ``precision.round_to_bf16``) whose rows begin at
 multiples of 16 bytes, as the copy engine demands; ``padded`` makes them. The engine is told where
 a matrix lies by a tensor map, which the driver encodes.
 """

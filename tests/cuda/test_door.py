@@ -13,7 +13,7 @@ import pytest
 
 from gpudbn import cuda, reference
 from gpudbn.cuda import door
-from gpudbn.cuda.layers import TILES
+from gpudbn.cuda.layers import TENSOR_TILES, TILES
 from tests.cuda_on_cpu import runtime
 
 ADDRESS = {"seed": 1, "update": 2, "site": 3}
@@ -33,10 +33,10 @@ class Recorder:
     """A launcher over NumPy arrays whose kernels only note how they were called."""
 
     def __init__(self, processors=132):
-        self.calls, self.compiled = [], 0
+        self.calls, self.compiled, self.shared = [], 0, []
         self.launcher = cuda.Launcher(self.module, np.ndarray, address_of=lambda array: array.ctypes.data,
                                       processors=processors, device_of=lambda array: int(array.ndim == 4),
-                                      current_device=lambda: 0)
+                                      current_device=lambda: 0, shared_memory=227 << 10)
 
     def module(self, code, options, enable_cooperative_groups):
         _ = options, enable_cooperative_groups
@@ -44,7 +44,14 @@ class Recorder:
 
         def function(name):
             assert re.search(rf"\b{name}\(", code)
-            return lambda grid, block, arguments, **_: self.calls.append((name, grid, block, arguments))
+
+            def launch(grid, block, arguments, *, shared_mem):
+                assert launch.max_dynamic_shared_size_bytes >= shared_mem
+                self.calls.append((name, grid, block, arguments))
+                self.shared.append(shared_mem)
+
+            launch.max_dynamic_shared_size_bytes = 48 << 10
+            return launch
 
         return SimpleNamespace(get_function=function)
 
@@ -122,6 +129,15 @@ def test_tiles_make_blocks_a_gpu_can_run(unit):
     assert (tile.rows + tile.columns) * tile.depth * 4 <= 48 << 10
 
 
+@pytest.mark.parametrize(("size", "shared"), [("small", 96), ("medium", 96), ("large", 144)])
+def test_tensor_tiles_make_blocks_a_gpu_can_run(size, shared):
+    """Of sm_90, with 228 KB a multiprocessor, and of sm_80, with 164; the small two also of sm_86, with 99 a block."""
+    tile = TENSOR_TILES[size]
+    assert tile.threads == 256
+    assert tile.shared == shared << 10
+    assert tile.blocks_per_processor * (tile.shared + 1024) <= 228 << 10
+
+
 # ------------------------------------------------------------------------------------- what is handed to a kernel
 
 
@@ -165,6 +181,28 @@ def test_numbers_of_the_step_are_made_in_double_and_rounded_once(recorder, launc
                        decay=0.01)
     expected = 0.3, 0.1 * (1 / 7), 0.9, 0.1 * 0.01  # model_weight, rate_scale, momentum, rate_decay
     assert recorder.calls[0][3][-5:] == (*map(np.float32, expected), np.uint64(0))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16x2", "tf32"])
+@pytest.mark.parametrize(("B", "n", "m", "size"), [(100, 784, 500, "small"), (128, 784, 2000, "medium"),
+                                                   (128, 4096, 4096, "medium"), (1024, 4096, 4096, "large"),
+                                                   (1, 1, 1, "small")])
+@pytest.mark.parametrize("column", [0, 3])
+def test_grids_of_tensor_tiles_cover_the_result(recorder, launcher, B, n, m, size, precision, column):
+    launcher.half_step(f32(B, m), None, f32(B, n), f32(n, m), f32(m), column=column, precision=precision)
+    tile, (_, grid, block, _) = TENSOR_TILES[size], recorder.calls[0]
+    assert block == (tile.threads,)
+    assert (grid[0] - 1) * tile.rows < B <= grid[0] * tile.rows
+    assert (grid[1] - 1) * tile.columns < m + column <= grid[1] * tile.columns
+    assert recorder.shared == [tile.shared]
+    assert list(launcher._functions) == [(f"half_step {precision} {size}", kernel)
+                                         for kernel in ("half_step", "half_step_transposed")]
+
+
+def test_the_large_tensor_tile_is_not_chosen_where_it_does_not_fit(recorder, launcher):
+    launcher.shared_memory = 99 << 10
+    launcher.half_step(f32(1024, 4096), None, f32(1024, 3), f32(3, 4096), f32(4096), precision="bf16")
+    assert recorder.shared == [TENSOR_TILES["medium"].shared]
 
 
 @pytest.mark.parametrize(("B", "n", "m", "tiles"),
@@ -227,6 +265,16 @@ def test_arrays_of_the_wrong_kind_are_refused(launcher):
             lambda: half_step(None, f32(5, 7), f32(7, 784), W, bias))
     refused(ValueError, "half_step: one of sample and mean must be given; got None for both",
             lambda: half_step(None, None, f32(7, 784), W, bias))
+
+
+def test_other_precisions_are_refused(launcher):
+    arrays = f32(7, 5), None, f32(7, 3), f32(3, 5), f32(5)
+    for function in (launcher.half_step, reference.half_step):
+        refused(ValueError, "half_step: precision must be one of fp32, bf16, bf16x2, tf32, exact; got 'fp16'",
+                lambda function=function: function(*arrays, precision="fp16"))
+    launcher.shared_memory = 64 << 10
+    refused(ValueError, "half_step: precision must be fp32 on this GPU; got tf32. A block has 65536 bytes of shared "
+            "memory, too few", lambda: launcher.half_step(*arrays, precision="tf32"))
 
 
 def test_arrays_on_another_device_are_refused(launcher):

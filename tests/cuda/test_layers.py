@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gpudbn import reference
+from gpudbn.precision import bf16, bf16_parts, tf32
 from tests.cuda.checks import (
     COLUMNS,
     EPS,
@@ -34,25 +35,47 @@ REAL_SIZES = [(100, 784, 500), (128, 784, 2000), (1000, 1031, 1009)]
 both_ways = pytest.mark.parametrize("transpose", [False, True])
 
 
-def check_half_step(launcher, B, n, m, *, transpose=False, address=FAR, column=0, columns=None, sample=True, mean=True,
-                    offset=0):
+def exact_product(x, W, precision):
+    """In float64, of the operands as they are rounded; and what a product's float32 sums may err.
+
+    A tensor core adds eight products at a time and may cut off what is below 2^-23 of the sum so far, which is about
+    as large as the last one, or as a random walk with such steps.
+    """
+    if precision == "bf16x2":
+        (x, x_low), (W, W_low) = bf16_parts(x), bf16_parts(W)
+        low = x.astype(np.float64) @ W_low + x_low.astype(np.float64) @ W
+    else:
+        rounded = {"fp32": np.asarray, "bf16": bf16, "tf32": tf32}[precision]
+        x, W, low = rounded(x), rounded(W), 0.0
+    x, W = x.astype(np.float64), W.astype(np.float64)
+    exact, error = x @ W + low, EPS * np.abs(x) @ np.abs(W)
+    if precision != "fp32":
+        error += 2 * EPS * (1 + len(W) / 8) * (np.abs(exact) + 3 * np.sqrt(x**2 @ W**2))
+    return exact, error
+
+
+def check_half_step(launcher, B, n, m, *, transpose=False, precision="fp32", x=None, address=FAR, column=0,
+                    columns=None, sample=True, mean=True, offset=0):
     """Means to the rounding of a float32 sum, samples where they are sure, both against float64."""
     rng = np.random.default_rng([B, n, m])
-    x, W, bias = (a.astype(np.float32) for a in (rng.random((B, n)), rng.normal(0, 0.3, (n, m)), rng.normal(0, 1, m)))
+    grey, W, bias = (a.astype(np.float32) for a in (rng.random((B, n)), rng.normal(0, 0.3, (n, m)),
+                                                    rng.normal(0, 1, m)))
+    x = grey if x is None else x
     arrays = Arrays(launcher, offset)
     inputs = [arrays.put(x), arrays.put(W.T if transpose else W), arrays.put(bias)]
     s, p = arrays.empty(B, m) if sample else None, arrays.empty(B, m) if mean else None
-    launcher.half_step(s, p, *inputs, transpose=transpose, **address, column=column, columns=columns)
+    launcher.half_step(s, p, *inputs, transpose=transpose, precision=precision, **address, column=column,
+                       columns=columns)
 
-    W64 = W.astype(np.float64)
-    exact = 1 / (1 + np.exp(-(x @ W64 + bias)))
+    product, rounding = exact_product(x, W, precision)
+    exact, rounding = 1 / (1 + np.exp(-(product + bias))), rounding + EPS * (2 + np.abs(bias))
     if mean:
-        rounding = EPS * (2 + x @ np.abs(W64) + np.abs(bias))
         assert_close(arrays.get(p) / rounding, exact / rounding, atol=1.0)
     if sample:
         u, got = host_uniforms(B, m, address, column, columns), arrays.get(s)
         assert np.isin(got, (0, 1)).all()
-        assert (got == (u < exact))[np.abs(u - exact) > SURE].all(), "samples differ"
+        sure = SURE if precision == "fp32" else rounding
+        assert (got == (u < exact))[np.abs(u - exact) > sure].all(), "samples differ"
     for given, before in zip(inputs, (x, W.T if transpose else W, bias), strict=True):
         assert np.array_equal(arrays.get(given), before), "an input was changed"
     arrays.passed("half_step_transposed" if transpose else "half_step")
@@ -341,7 +364,7 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
     "product: swapped index":
         ("(N == ALONG_DEPTH ? out[j][i] : out[i][j])", "out[i][j]", half_step_check, "small"),
     "product: one term too many":
-        ("k < depth ?", "k <= depth ?", cd_sums_check, "small"),
+        ("row >= matrix.rows", "row > matrix.rows", cd_sums_check, "small"),
     "product: a slice left out":
         ("for (int s = 0; s < SLICES; s++)", "for (int s = 1; s < SLICES; s++)", cd_sums_check, "small"),
     "product: tail not guarded":
@@ -369,7 +392,7 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
         ("rule.adagrad(p, q, sum, eps,", "rule.adagrad(p, q, sum, scale,", cd_adagrad_check, "large"),
 }
 FAULTS |= {f"product: no barrier, {line.partition('// ')[2]}": (line, "", half_step_check, "small")
-           for line in barriers("product.cuh")}
+           for line in barriers("product_fp32.cuh")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -15,7 +15,7 @@ from gpudbn import cuda, reference
 from gpudbn.arrays import to_cpu, to_gpu
 from gpudbn.cuda import door, wgmma
 from gpudbn.cuda.wgmma import TensorMap, padded
-from gpudbn.reference import from_bf16, round_to_bf16
+from gpudbn.precision import from_bf16, round_to_bf16
 from tests.cuda.checks import EPS, FAR, GPU, NEAR, SURE, Arrays, host_uniforms, sees_fault
 from tests.cuda.test_elementwise import check_step
 from tests.cuda.test_layers import exact_sums

@@ -236,18 +236,23 @@ inline void in_background(std::function<void()> work)
     else block->background.push_back(std::move(work));
 }
 
-// The next fiber to run under the schedule, or none (-1).
+// The next fiber to run under the schedule, or none (-1). Forward and reverse stay in a warp as long as it can go on, so that
+// warps run as far ahead of one another as barriers let them.
 inline int next_of_ready()
 {
     unsigned n = block->fibers.size(), start = block->current;
-    bool reverse = block->launch->schedule == Schedule::reverse;
-    if (block->launch->schedule == Schedule::random)
-        start = next_random() % n;
-    for (unsigned k = 1; k <= n; k++) {
-        unsigned i = (reverse ? start + n - k : start + k) % n;
-        if (block->fibers[i].state == State::ready) return i;
-    }
-    return -1;
+    Schedule schedule = block->launch->schedule;
+    if (schedule == Schedule::random) start = next_random() % n;
+    auto find = [&](unsigned first, unsigned count) {  // among so many fibers, from the one after `start` on
+        for (unsigned k = 1; k <= count; k++) {
+            unsigned i = first + (start - first + (schedule == Schedule::reverse ? count - k : k)) % count;
+            if (block->fibers[i].state == State::ready) return int(i);
+        }
+        return -1;
+    };
+    unsigned warp = start / 32 * 32;
+    int next = schedule == Schedule::random ? -1 : find(warp, std::min(32u, n - warp));
+    return next < 0 ? find(0, n) : next;
 }
 
 inline int next_ready()

@@ -8,6 +8,7 @@ import pytest
 from gpudbn.cuda.door import kernels_folder
 from tests.cuda.test_compile import ARCHITECTURES, compiled, why_no_compiler
 from tests.cuda_on_cpu import runtime
+from tests.helpers import nearest
 
 MMA = r"""
 template <class Sum, class Instruction>
@@ -182,15 +183,6 @@ def launch(request):
 # ------------------------------------------------------------------------------------------------ the formats
 
 
-def nearest(x, bits, ties_to_even):
-    """Float32 rounded to so many significant bits, by float64 arithmetic."""
-    fraction, exponent = np.frexp(x.astype(np.float64))
-    scaled = np.abs(fraction) * 2**bits
-    whole = np.rint(scaled) if ties_to_even else np.floor(scaled + 0.5)
-    with np.errstate(over="ignore"):
-        return np.ldexp(np.sign(fraction) * whole, exponent - bits).astype(np.float32)
-
-
 def bf16_values(words):
     """The two values of each word, the low half first."""
     return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -207,10 +199,9 @@ def test_rounding(launch):
     x = x[len(x) % 2 :]
     pair, single, high, low = (np.zeros(size, np.uint32) for size in (len(x) // 2, len(x), len(x) // 2, len(x) // 2))
     launch("rounded", pair, single, high, low, x, np.int32(len(x) // 2))
-    with np.errstate(invalid="ignore"):
-        assert np.array_equal(bf16_values(pair), nearest(x, 8, ties_to_even=True), equal_nan=True)
-        upper = (single & 0xFFFFE000).view(np.float32)  # all that mma_tf32 looks at
-        assert np.array_equal(upper, nearest(x, 11, ties_to_even=False), equal_nan=True)
+    assert np.array_equal(bf16_values(pair), nearest(x, 8, ties_to_even=True), equal_nan=True)
+    upper = (single & 0xFFFFE000).view(np.float32)  # all that mma_tf32 looks at
+    assert np.array_equal(upper, nearest(x, 11, ties_to_even=False), equal_nan=True)
     assert np.array_equal(high, pair)
     finite = np.abs(x) < 3e38
     exact, high, low = (values[finite].astype(np.float64) for values in (x, bf16_values(high), bf16_values(low)))

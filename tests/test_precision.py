@@ -1,0 +1,89 @@
+"""Rounding of operands against float64 arithmetic, and products of rounded operands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn import precision, reference
+from tests.helpers import assert_close, assert_notices, nearest
+
+
+def numbers():
+    """Of all sizes, ties, neighbours of ties, special ones."""
+    rng = np.random.default_rng(0)
+    ties = np.concatenate([rng.integers(0, 1 << 15, 300, dtype=np.uint32) << 16 | 0x8000,
+                           rng.integers(0, 1 << 18, 300, dtype=np.uint32) << 13 | 0x1000])
+    bits = np.concatenate([rng.integers(0, 1 << 32, 4000, dtype=np.uint32), ties - 1, ties, ties + 1,
+                           np.uint32([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])])  # NaNs that rounding would make 0 or inf
+    x = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, 1, -1, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan])])
+    return x[(np.abs(x) > 2.0**-100) | (x == 0) | np.isnan(x)]
+
+
+def check_rounding():
+    x = numbers()
+    for rounded, bits, even in ((precision.bf16, 8, True), (precision.tf32, 11, False)):
+        found, expected = rounded(x), nearest(x, bits, ties_to_even=even)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, expected, equal_nan=True)
+        assert np.array_equal(np.signbit(found)[x == x], np.signbit(x)[x == x])
+        wide = np.stack([x, x])
+        assert np.array_equal(rounded(wide.T), rounded(wide).T, equal_nan=True)  # strides are followed
+
+
+def check_parts():
+    x = numbers()
+    x = x[np.abs(x) < 3e38].astype(np.float64)
+    high, low = precision.bf16_parts(x.astype(np.float32))
+    assert np.array_equal(high, precision.bf16(high))
+    assert np.array_equal(low, precision.bf16(low))
+    error = np.abs(x - high - low)
+    assert (error <= 2.0**-17 * np.abs(x)).all()
+    assert (error > 2.0**-18 * np.abs(x)).any()  # the bound is no idle one
+
+
+def check_product(name="bf16x2"):
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(5, 211)).astype(np.float32), rng.normal(size=(211, 7)).astype(np.float32)
+    out = np.empty((5, 7), np.float32)
+    reference.product(out, a, np.asfortranarray(b), name)
+    if name == "bf16x2":
+        a_high, b_high = (nearest(x, 8, ties_to_even=True).astype(np.float64) for x in (a, b))
+        a_low, b_low = (nearest(x - high, 8, ties_to_even=True).astype(np.float64)
+                        for x, high in ((a, a_high), (b, b_high)))
+        expected = a_high @ b_high + a_high @ b_low + a_low @ b_high
+    else:
+        bits = {"fp32": 24, "bf16": 8, "tf32": 11}[name]
+        a_high, b_high = (nearest(x, bits, ties_to_even=name != "tf32").astype(np.float64) for x in (a, b))
+        expected = a_high @ b_high
+    assert_close(out, expected, atol=2e-6 * np.sqrt(211))
+    return out
+
+
+@pytest.mark.parametrize("check", [check_rounding, check_parts, *(lambda name=name: check_product(name)
+                                                                   for name in ("fp32", *precision.TENSOR_CORES))])
+def test_operands_are_rounded(check):
+    check()
+
+
+def test_a_half_step_rounds_as_it_is_told():
+    rng = np.random.default_rng(5)
+    x, W, bias = rng.random((5, 211), np.float32), rng.normal(size=(7, 211)).astype(np.float32), np.zeros(7, np.float32)
+    for name in ("fp32", *precision.TENSOR_CORES):
+        expected, mean = np.empty((2, 5, 7), np.float32)
+        reference.product(expected, x, W.T, name)
+        reference.half_step(None, mean, x, W, bias, transpose=True, precision=name)
+        assert np.array_equal(mean, reference.sigmoid(expected)), name
+
+
+@pytest.mark.parametrize(("module", "line", "fault", "check"), [
+    (precision, "bits >> 16 & 1", "1", check_rounding),
+    (precision, "rounded[x != x] = 0x7FFF", "pass", check_rounding),
+    (precision, "+ 0x1000)", "+ 0x0FFF)", check_rounding),
+    (precision, "np.where(np.isnan(x), x, rounded", "np.where(False, x, rounded", check_rounding),
+    (precision, "bf16(x - high)", "bf16(x) - high", check_parts),
+    (reference, "a_high @ b_low", "a_low @ b_low", check_product),
+    (reference, "a_low @ b_high", "0 * a_low @ b_high", check_product),
+])
+def test_other_rounding_is_noticed(module, line, fault, check):
+    assert_notices(check, module, line, fault)
