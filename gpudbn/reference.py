@@ -18,13 +18,14 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn import exact
-from gpudbn.draws import uniforms
+from gpudbn.draws import normals, uniforms
 from gpudbn.precision import bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
 from gpudbn.scratch import PIECE, Scratch
 
-__all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "cd_adagrad", "cd_sgd", "cd_sums",
-           "cd_update", "cd_update_wgmma", "centre", "gather", "half_step", "half_step_wgmma", "momentum_step",
-           "note_not_finite", "offsets_step", "sgd_step", "sigmoid", "uniforms"]
+__all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "categorical", "cd_adagrad", "cd_sgd",
+           "cd_sums", "cd_update", "cd_update_wgmma", "centre", "cross_entropy", "dropout", "free_energy", "gather",
+           "gaussian", "half_step", "half_step_wgmma", "momentum_step", "normals", "note_not_finite", "offsets_step",
+           "sgd_step", "sigmoid", "sigmoid_backward", "squared_errors", "uniforms"]
 
 _scratch = Scratch()
 
@@ -599,3 +600,159 @@ def cd_update_wgmma(parameters, velocity, W, v0, h0, vk, hk, *, W_low=None, mode
     W[:] = round_to_bf16(weights)
     if W_low is not None:
         W_low[:] = round_to_bf16(weights - from_bf16(W))
+
+
+def gaussian(sample, mean, sd, *, seed, update, site, row=0, column=0, columns=None, clock=None):
+    """sample[r, j] <- mean[r, j] + sd[j] z(r, j), with standard normals z.
+
+    Parameters
+    ----------
+    sample : array (B, m), float32
+        Overwritten. May be ``mean`` itself.
+    mean : array (B, m), float32
+    sd : array (m,), float32
+        Standard deviations.
+    seed, update, site, row, column, columns, clock
+        Address of the draws, see ``draws``; ``column`` must be even.
+    """
+    z = normals(_scratch.get("u", mean.shape), seed=seed, update=update, site=site, row=row, column=column,
+                columns=columns, clock=clock)
+    np.multiply(z, sd, out=z)
+    return np.add(mean, z, out=sample)
+
+
+def categorical(sample, mean, x, bias, units, *, seed=0, update=0, site=0, row=0, column=0, columns=None, clock=None):
+    """Groups of units of which one is on: mean <- softmax(x + bias) in each group, sample ~ mean.
+
+    Softmax, label and Potts units. A group draws one u, and its first unit with u < mean[0] + ... + mean[k] is on.
+
+    Parameters
+    ----------
+    sample : array (B, groups units), float32, or None
+        Overwritten with 0 and a single 1 in each group. None: not wanted, nothing is drawn. May be ``x`` itself.
+    mean : array (B, groups units), float32, or None
+        Overwritten with the probabilities. None: not wanted. May be ``x`` itself.
+    x : array (B, groups units), float32
+        Pre-activations, group by group. -infinity is a probability of 0.
+    bias : array (groups units,), float32
+    units : int
+        Units of one group.
+    seed, update, site, row, column, columns, clock
+        Address of the draws, see ``draws``: here a column is a group, and ``columns`` the groups of the whole layer.
+
+    Notes
+    -----
+    Welling, Rosen-Zvi & Hinton, "Exponential family harmoniums" (2005).
+    """
+    groups = len(bias) // units
+    grouped = (len(x), groups, units)
+    e = np.add(x, bias, out=_scratch.get("e", x.shape)).reshape(grouped)
+    np.subtract(e, e.max(axis=2, keepdims=True), out=e)
+    np.exp(e, out=e)
+    up_to = e.cumsum(axis=2, dtype=np.float64)
+    if mean is not None:
+        np.divide(e, up_to[:, :, -1:].astype(np.float32), out=mean.reshape(grouped))
+    if sample is not None:
+        u = uniforms(_scratch.get("u", (len(x), groups)), seed=seed, update=update, site=site, row=row, column=column,
+                     columns=columns, clock=clock)
+        chosen = (up_to <= u[:, :, None] * up_to[:, :, -1:]).sum(axis=2, keepdims=True)
+        np.equal(np.arange(units), chosen, out=sample.reshape(grouped), casting="unsafe")
+
+
+def cross_entropy(delta, loss, wrong, x, bias, labels):
+    """delta <- onehot(label) - p,  loss <- -log p(label),  wrong <- 0 if p(label) is largest else 1.
+
+    Here p = softmax(x + bias), along a row.
+
+    Parameters
+    ----------
+    delta : array (B, K), float32, or None
+        Overwritten with the gradient of log p(label) in x. None: not wanted. May be ``x`` itself.
+    loss, wrong : arrays (B,), float32, or None
+        Overwritten with nats, and with 0 and 1 (of several largest p the first counts). None: not wanted.
+    x : array (B, K), float32
+        Pre-activations.
+    bias : array (K,), float32
+    labels : array (B,), int32
+        In [0, K).
+    """
+    log_p = np.add(x, bias, out=_scratch.get("log p", x.shape))
+    log_p -= log_p.max(axis=1, keepdims=True)
+    if wrong is not None:
+        np.not_equal(log_p.argmax(axis=1), labels, out=wrong, casting="unsafe")
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    each = np.arange(len(x))
+    if loss is not None:
+        np.negative(log_p[each, labels], out=loss)
+    if delta is not None:
+        np.exp(log_p, out=delta)
+        np.negative(delta, out=delta)
+        delta[each, labels] += 1
+
+
+def free_energy(out, x, c, v=None, b=None):
+    """out <- -v b - sum_j log(1 + exp(x_j + c_j)), for each row, with x = v W.
+
+    Parameters
+    ----------
+    out : array (B,), float32
+        Overwritten.
+    x : array (B, m), float32
+        Pre-activations of the hidden units.
+    c : array (m,), float32
+    v, b : arrays (B, n), (n,), float32, optional
+        Left out where a layer is cut into shards and another one has the visible biases: the parts add up.
+
+    Returns
+    -------
+    out
+    """
+    t = np.add(x, c, out=_scratch.get("t", x.shape))
+    np.negative(np.logaddexp(np.float32(0), t, out=t).sum(axis=1), out=out)
+    return out if v is None else np.subtract(out, v @ b, out=out)
+
+
+def squared_errors(out, v, w):
+    """out <- sum_i (v_i - w_i)^2 for each row. Arrays (B,), (B, n), (B, n), float32. Returns ``out``."""
+    difference = np.subtract(v, w, out=_scratch.get("difference", v.shape))
+    np.multiply(difference, difference, out=difference)
+    out[...] = difference.sum(axis=1, dtype=np.float64)
+    return out
+
+
+def dropout(x, keep, *, seed, update, site, row=0, column=0, columns=None, clock=None):
+    """x[r, j] <- x[r, j] / keep if u(r, j) < keep else 0, in place. Returns ``x``.
+
+    Parameters
+    ----------
+    x : array (B, m), float32
+        Modified.
+    keep : float
+        The probability with which a unit takes part.
+    seed, update, site, row, column, columns, clock
+        Address of the draws, see ``draws``.
+
+    Notes
+    -----
+    Srivastava et al., "Dropout" (2014), section 4; scaled in training, so that prediction needs no change.
+    """
+    u = uniforms(_scratch.get("u", x.shape), seed=seed, update=update, site=site, row=row, column=column,
+                 columns=columns, clock=clock)
+    np.multiply(x, u < np.float32(keep), out=x)
+    return np.multiply(x, np.float32(1 / keep), out=x)
+
+
+def sigmoid_backward(delta, a, *, keep=1.0):
+    """delta <- delta a (1 - keep a), in place: through the sigmoid, and the dropout behind it. Returns ``delta``.
+
+    With a = s [kept] / keep, where s is the sigmoid's value, the factor [kept] / keep s (1 - s) is a (1 - keep a).
+
+    Parameters
+    ----------
+    delta, a : arrays of one shape, float32
+    keep : float
+    """
+    factor = np.multiply(a, np.float32(-keep), out=_scratch.get("factor", a.shape))
+    factor += np.float32(1)
+    delta *= a
+    return np.multiply(delta, factor, out=delta)

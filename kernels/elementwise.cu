@@ -1,10 +1,12 @@
 // elementwise: passes over flat arrays.
 //
-//     sigmoid        x <- 1 / (1 + exp(-x)); sigmoid_exact: the same with NumPy's bits
-//     momentum_step  velocity <- momentum velocity + rate_scale gradient - rate_decay W;  parameters <- parameters + velocity
+//     sigmoid           x <- 1 / (1 + exp(-x)); sigmoid_exact: the same with NumPy's bits
+//     sigmoid_backward  delta <- delta a (1 - keep a)
+//     momentum_step     velocity <- momentum velocity + rate_scale gradient - rate_decay W;  parameters <- parameters + velocity
 //     sgd_step, adagrad_step, adam_step                                                            see decoupled.cuh
 //
-// x                                            (size,)  in and out
+// x, delta                                     (size,)  in and out
+// a                                            (size,)  in
 // parameters, velocity, squares, mean, square  (size,)  in and out; the first `weights` parameters decay, the biases behind them
 //                                                       do not
 // gradient                                     (size,)  in
@@ -12,7 +14,7 @@
 //
 // Launch: one thread an entry, 1-D, any number of blocks of any size; tail guarded.
 // Numerics: float32, division and root rounded correctly; momentum_step has the bits of its twin.
-// Twins: reference.sigmoid, exact.sigmoid, reference.momentum_step, ...
+// Twins: reference.sigmoid, exact.sigmoid, reference.sigmoid_backward, reference.momentum_step, ...
 #include "decoupled.cuh"
 #include "momentum.cuh"
 #include "sigmoid.cuh"
@@ -32,6 +34,11 @@ extern "C" __global__ void sigmoid(float* x, long long size)
 extern "C" __global__ void sigmoid_exact(float* x, long long size)
 {
     every_entry(size, [&](long long i) { x[i] = exact_sigmoid_of(x[i]); });
+}
+
+extern "C" __global__ void sigmoid_backward(float* delta, const float* a, long long size, float keep)
+{
+    every_entry(size, [&](long long i) { delta[i] = delta[i] * a[i] * (1.0f - keep * a[i]); });
 }
 
 extern "C" __global__ void momentum_step(float* parameters, float* velocity, const float* gradient,

@@ -60,4 +60,12 @@ struct Address {
                                 make_uint2((u32)seed, (u32)(seed >> 32)));
         return make_float4(uniform(word.x), uniform(word.y), uniform(word.z), uniform(word.w));
     }
+
+    // The draw of row r and column j of the array alone.
+    __device__ __forceinline__ float draw_one(long long r, long long j) const
+    {
+        int at = (int)((j + shift()) % 4);
+        float4 u = draw(r, (j + shift()) / 4);
+        return at == 0 ? u.x : at == 1 ? u.y : at == 2 ? u.z : u.w;
+    }
 };

@@ -231,6 +231,13 @@ class Door:
                     if start < other_end and other_start < end:
                         raise ValueError(f"{function}: {name} must not share memory with {other}")
 
+    def _check_apart_or_same(self, function: str, written: Mapping[str, Array], read: Mapping[str, Array]) -> None:
+        """The same, for outputs that may be an input itself: each entry is read by the thread that writes it."""
+        for name, array in read.items():
+            others = {other: a for other, a in written.items()
+                      if a is not None and self.address_of(a) != self.address_of(array)}
+            self._check_apart(function, others, {name: array})
+
     def _address(self, function: str, B: int, m: int, seed: int, update: int, site: int, row: int, column: int,
                  columns: int | None, clock: Array | None) -> tuple[Any, ...]:
         """The arguments of ``Address`` in philox.cuh: seed, update, site, row, column, blocks, clock. None may wrap.

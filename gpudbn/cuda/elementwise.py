@@ -16,6 +16,7 @@ UNITS: Mapping[str, Unit] = {
     "elementwise": Unit("elementwise.cu", {
         "sigmoid": (POINTER, np.int64),
         "sigmoid_exact": (POINTER, np.int64),
+        "sigmoid_backward": (POINTER, POINTER, np.int64, np.float32),
         "momentum_step": (POINTER, POINTER, POINTER, *_SIZES, *RATES),
         "sgd_step": (POINTER, POINTER, *_SIZES, *RATES),
         "adagrad_step": (POINTER, POINTER, POINTER, *_SIZES, np.float32, *RATES),
@@ -34,6 +35,15 @@ class Elementwise(Door):
             kernel = "sigmoid_exact" if precision == "exact" else "sigmoid"
             self._launch_elementwise("elementwise", kernel, x.size, x, x.size)
         return x
+
+    def sigmoid_backward(self, delta, a, *, keep=1.0):
+        """See ``reference.sigmoid_backward``."""
+        self._check("sigmoid_backward", "delta", delta, *getattr(delta, "shape", ()))
+        self._check("sigmoid_backward", "a", a, *delta.shape)
+        if delta.size:
+            self._check_apart("sigmoid_backward", {"delta": delta}, {"a": a})
+            self._launch_elementwise("elementwise", "sigmoid_backward", delta.size, delta, a, delta.size, keep)
+        return delta
 
     def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):
         """See ``reference.momentum_step``."""

@@ -46,6 +46,11 @@ class Arrays:
         """A number in device memory, as a clock is: array (1,), uint32."""
         return np.array([value], np.uint32) if self.on_cpu else to_gpu(np.array([value], np.uint32))
 
+    def integers(self, values):
+        """A copy of the values, int32, as labels are."""
+        values = np.array(values, np.int32)
+        return values if self.on_cpu else to_gpu(values)
+
     def put(self, values):
         """A copy of the values, float32."""
         values = np.asarray(values, np.float32)

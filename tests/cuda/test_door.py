@@ -307,6 +307,29 @@ def test_other_shapes_are_refused(launcher):
             lambda: launcher.momentum_step(f32(11), f32(11), f32(10), weights=6, scale=1, **numbers),
         "momentum_step: weights must lie between 0 and the 11 parameters; got 12":
             lambda: launcher.momentum_step(f32(11), f32(11), f32(11), weights=12, scale=1, **numbers),
+        "adam_step: square must be C-contiguous float32 of shape (11,); got float32 (10,)":
+            lambda: launcher.adam_step(f32(11), f32(11), f32(10), f32(11), weights=6, scale=1, rate=1, decay=0,
+                                       steps=1),
+        "cd_adagrad: squares must be C-contiguous float32 of shape (11,); got float32 (12,)":
+            lambda: launcher.cd_adagrad(f32(11), f32(12), None, 3, 2, f32(9, 3), f32(9, 2), 5, rate=1, decay=0),
+        "cd_sgd: rows must be positive; got 0":
+            lambda: launcher.cd_sgd(f32(11), None, 3, 2, f32(9, 3), f32(9, 2), 0, rate=1, decay=0),
+        "normals: column must be even; got 3": lambda: launcher.normals(f32(3, 4), **ADDRESS, column=3),
+        "dropout: keep must lie in (0, 1]; got 0": lambda: launcher.dropout(f32(3, 4), 0, **ADDRESS),
+        "gaussian: sd must be C-contiguous float32 of shape (4,); got float32 (3,)":
+            lambda: launcher.gaussian(f32(3, 4), f32(3, 4), f32(3), **ADDRESS),
+        "categorical: units must divide the 10 columns of x; got 3":
+            lambda: launcher.categorical(f32(5, 10), None, f32(5, 10), f32(10), 3, **ADDRESS),
+        "categorical: one of sample and mean must be given; got None for both":
+            lambda: launcher.categorical(None, None, f32(5, 10), f32(10), 5),
+        "cross_entropy: wrong must be C-contiguous float32 of shape (5,); got float32 (5, 1)":
+            lambda: launcher.cross_entropy(None, None, f32(5, 1), f32(5, 10), f32(10), np.zeros(5, np.int32)),
+        "free_energy: b must be C-contiguous float32 of shape (7,); got float32 (8,)":
+            lambda: launcher.free_energy(f32(5), f32(5, 3), f32(3), f32(5, 7), f32(8)),
+        "squared_errors: w must be C-contiguous float32 of shape (5, 7); got float32 (5, 8)":
+            lambda: launcher.squared_errors(f32(5), f32(5, 7), f32(5, 8)),
+        "sigmoid_backward: a must be C-contiguous float32 of shape (5, 7); got float32 (7, 5)":
+            lambda: launcher.sigmoid_backward(f32(5, 7), f32(7, 5)),
     }.items():
         refused(ValueError, message, call)
 
@@ -321,6 +344,23 @@ def test_overlapping_arrays_are_refused(launcher):
         "cd_sums: dW must not share memory with v": lambda: launcher.cd_sums(a, f32(5), f32(5), b, f32(5, 5), 2),
         "cd_update: velocity must not share memory with parameters":
             lambda: launcher.cd_update(flat[:35], flat[30:65], None, 5, 5, f32(4, 5), f32(4, 5), 2, **numbers),
+        "sgd_step: parameters must not share memory with gradient":
+            lambda: launcher.sgd_step(flat[:9], flat[8:17], weights=1, scale=1, rate=1, decay=0),
+        "adam_step: mean must not share memory with square":
+            lambda: launcher.adam_step(f32(9), flat[:9], flat[8:17], f32(9), weights=1, scale=1, rate=1, decay=0,
+                                       steps=1),
+        "cd_adagrad: parameters must not share memory with h":
+            lambda: launcher.cd_adagrad(flat[:35], f32(35), None, 5, 5, f32(4, 5), flat[30:50].reshape(4, 5), 2, rate=1,
+                                        decay=0),
+        "gaussian: sample must not share memory with mean": lambda: launcher.gaussian(a, b, f32(5), **ADDRESS),
+        "categorical: sample must not share memory with mean":
+            lambda: launcher.categorical(a, a, f32(5, 5), f32(5), 5, **ADDRESS),
+        "cross_entropy: delta must not share memory with x":
+            lambda: launcher.cross_entropy(a, None, None, b, f32(5), np.zeros(5, np.int32)),
+        "free_energy: out must not share memory with x": lambda: launcher.free_energy(flat[:5], a, f32(5)),
+        "squared_errors: out must not share memory with w":
+            lambda: launcher.squared_errors(flat[:5], f32(5, 5), a),
+        "sigmoid_backward: delta must not share memory with a": lambda: launcher.sigmoid_backward(a, b),
         "momentum_step: velocity must not share memory with gradient":
             lambda: launcher.momentum_step(f32(9), flat[:9], flat[8:17], weights=1, scale=1, **numbers),
     }.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import draws
+from gpudbn import draws, reference
 from gpudbn.cuda.door import kernels_folder
 from tests.cuda.checks import (
     COLUMNS,
@@ -80,6 +80,46 @@ def check_activate(launcher, B, m, column=0, columns=None, *, sample=True, mean=
         assert np.isin(got, (0, 1)).all()
         assert (got == (u < exact))[np.abs(u - exact) > SURE].all()
     arrays.passed("activate")
+
+
+def exact_normals(B, m, address, column, columns):
+    """Box-Muller in float64, written anew: an even column and the one behind it make two normals."""
+    last = column + m + m % 2  # the neighbour of the last one, too
+    columns = last if columns is None else columns + columns % 2
+    u = host_uniforms(B, last - column, address, column, columns).astype(np.float64)
+    length, angle = np.sqrt(-2 * np.log1p(-u[:, ::2])), 2 * np.pi * u[:, 1::2]
+    return np.stack([length * np.cos(angle), length * np.sin(angle)], axis=2).reshape(B, -1)[:, :m]
+
+
+def check_normals(launcher, B, m, address, column, columns, offset=0):
+    arrays, exact = Arrays(launcher, offset), exact_normals(B, m, address, column, columns)
+    out, sample, sampled = (arrays.empty(B, m) for _ in range(3))
+    where = {**address, "column": column, "columns": columns}
+    assert launcher.normals(out, **where) is out
+    assert_close(arrays.get(out), exact, atol=1e-7, rtol=4e-7)
+    assert_close(draws.normals(np.empty((B, m), np.float32), **where), exact, atol=1e-7, rtol=6e-8)
+    arrays.passed("normals")
+    rng = np.random.default_rng(B + m)
+    mean, sd = rng.normal(size=(B, m)).astype(np.float32), rng.random(m, np.float32) + np.float32(0.1)
+    assert launcher.gaussian(sample, arrays.put(mean), arrays.put(sd), **where) is sample
+    assert_close(arrays.get(sample), mean + sd * exact, atol=3e-7, rtol=6e-7)
+    sampled[...] = arrays.put(mean)
+    launcher.gaussian(sampled, sampled, arrays.put(sd), **where)
+    assert np.array_equal(arrays.get(sampled), arrays.get(sample))
+    twin = reference.gaussian(np.empty((B, m), np.float32), mean, sd, **where)
+    assert_close(twin, mean + sd * exact, atol=3e-7, rtol=3e-7)
+    arrays.passed("gaussian")
+
+
+def check_dropout(launcher, B, m, address, column, columns, keep=0.7, offset=0):
+    arrays, u = Arrays(launcher, offset), host_uniforms(B, m, address, column, columns)
+    values = np.random.default_rng(m).random((B, m), np.float32)
+    x = arrays.put(values)
+    assert launcher.dropout(x, keep, **address, column=column, columns=columns) is x
+    expected = values * np.where(u < np.float32(keep), np.float32(1 / keep), np.float32(0))
+    assert np.array_equal(arrays.get(x), expected)
+    assert np.array_equal(reference.dropout(values, keep, **address, column=column, columns=columns), expected)
+    arrays.passed("dropout")
 
 
 def test_philox_gives_the_published_words():
@@ -167,9 +207,66 @@ def test_a_clock_is_added_to_the_update(launcher):
     assert np.array_equal(twin, expected)
 
 
-def test_planted_fault_is_seen():
-    assert sees_fault("p = load_quad(mean", "p = load_quad(mean + 1",
-                      lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None))
-    assert sees_fault("c = load_quad(bias, first", "c = load_quad(bias, first + 1",
-                      lambda launcher: check_activate(launcher, 37, 131))
-    assert sees_fault("load_quad(x + r * m", "load_quad(x + q * m", lambda launcher: check_activate(launcher, 37, 131))
+@ONE_SCHEDULE
+@SMALL_TILES
+@pytest.mark.parametrize(("column", "columns"), [(0, None), (16, 1001), (6, 157), (6, None)])
+def test_normals(launcher, column, columns):
+    for B, m in [(1, 1), (3, 2), (37, 131), (70, 92)]:
+        check_normals(launcher, B, m, FAR, column, columns)
+    check_normals(launcher, 5, 8, NEAR, column, columns, offset=1)
+
+
+@ON_GPU
+@SMALL_TILES
+def test_normals_of_a_million_uniforms(launcher):
+    check_normals(launcher, 1031, 1009, FAR, 0, None)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@pytest.mark.parametrize(("column", "columns"), COLUMNS)
+def test_dropout(launcher, column, columns):
+    for B, m in [(1, 1), (37, 131), (70, 92)]:
+        check_dropout(launcher, B, m, FAR, column, columns)
+    check_dropout(launcher, 5, 8, NEAR, column, columns, keep=0.25, offset=1)
+
+
+@ON_CPU
+@SMALL_TILES
+def test_the_ends_of_the_normals_are_finite(launcher):
+    """The largest u makes the smallest 1 - u, 2^-24: sqrt(48 log 2); u = 0 makes a normal of 0."""
+    ends = """
+extern "C" __global__ void ends(float* out)
+{
+    float4 z = normal_quad(make_float4(1 - 0x1p-24f, 0.0f, 0.0f, 0.25f));
+    out[0] = z.x, out[1] = z.y, out[2] = z.z, out[3] = z.w;
+}
+"""
+    out = np.empty(4, np.float32)
+    runtime.Module(launcher.units["draws"].source() + ends).get_function("ends")((1,), (1,), (out,))
+    assert_close(out, [np.sqrt(48 * np.log(2)), 0, 0, 0], rtol=2e-7)
+
+
+FAULTS = {  # text, what it becomes, the check that must see it
+    "bernoulli": ("p = load_quad(mean", "p = load_quad(mean + 1",
+                  lambda launcher: check_bernoulli(launcher, 37, 131, NEAR, 0, None)),
+    "activate: bias": ("c = load_quad(bias, first", "c = load_quad(bias, first + 1",
+                       lambda launcher: check_activate(launcher, 37, 131)),
+    "activate: rows": ("r * m, first, m, x_aligned", "q * m, first, m, x_aligned",
+                       lambda launcher: check_activate(launcher, 37, 131)),
+    "normals: log of u": ("logf(1.0f - u.z)", "logf(u.z)",
+                          lambda launcher: check_normals(launcher, 7, 13, NEAR, 0, None)),
+    "normals: sine and cosine": ("&sin1, &cos1", "&cos1, &sin1",
+                                 lambda launcher: check_normals(launcher, 7, 13, NEAR, 0, None)),
+    "normals: pairs": ("sincospif(2.0f * u.y", "sincospif(2.0f * u.w",
+                       lambda launcher: check_normals(launcher, 7, 13, NEAR, 0, None)),
+    "gaussian": ("s.w * z.w", "s.z * z.w", lambda launcher: check_normals(launcher, 7, 13, NEAR, 0, None)),
+    "dropout: which": ("draw < keep", "draw > keep", lambda launcher: check_dropout(launcher, 7, 13, NEAR, 0, None)),
+    "dropout: scale": ("value * one_over_keep", "value * keep",
+                       lambda launcher: check_dropout(launcher, 7, 13, NEAR, 0, None)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_seen(fault):
+    assert sees_fault(*FAULTS[fault])

@@ -95,6 +95,29 @@ def check_sigmoid(launcher):
     arrays.passed("sigmoid")
 
 
+def check_sigmoid_backward(launcher, shape, keep, offset=0):
+    rng, arrays = np.random.default_rng(3), Arrays(launcher, offset)
+    d = rng.normal(size=shape).astype(np.float32)
+    a = (rng.random(shape) / keep * (rng.random(shape) < keep)).astype(np.float32)
+    delta, out = arrays.put(d), arrays.put(a)
+    assert launcher.sigmoid_backward(delta, out, keep=keep) is delta
+    d64, a64 = d.astype(np.float64), a.astype(np.float64)
+    exact, bound = d64 * a64 * (1 - keep * a64), 4 * EPS * np.abs(d64 * a64) + 1e-30
+    assert_close(arrays.get(delta) / bound, exact / bound, atol=1.0)
+    assert_close(reference.sigmoid_backward(d, a, keep=keep) / bound, exact / bound, atol=1.0)
+    assert np.array_equal(arrays.get(out), a)
+    arrays.passed("sigmoid_backward")
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+def test_sigmoid_backward(launcher, keep):
+    for shape in [(1, 1), (37, 131), (16, 64)]:
+        check_sigmoid_backward(launcher, shape, keep)
+    check_sigmoid_backward(launcher, (5, 8), keep, offset=1)
+
+
 @ONE_SCHEDULE
 @SMALL_TILES
 def test_momentum_step(launcher):
@@ -150,6 +173,8 @@ def test_rates_in_device_memory_count_instead(launcher, rule):
 FAULTS = {  # text, what it becomes, the check that must see it
     "momentum": ("gradient[i], r, i < weights", "gradient[i], r, i <= weights",
                  lambda launcher: check_momentum_step(launcher, 1009, 900)),
+    "dropout on the way back": ("1.0f - keep * a[i]", "1.0f - a[i]",
+                                lambda launcher: check_sigmoid_backward(launcher, (37, 131), 0.7)),
     "decay": ("decays ? shrink * parameter", "!decays ? shrink * parameter",
               lambda launcher: check_decoupled_step(launcher, "sgd", 1009, 900)),
     "scale": ("move(parameter, scale * gradient", "move(parameter, gradient",

@@ -587,6 +587,12 @@ inline float __ll2float_rn(long long x) { return float(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline void sincospif(float x, float* sine, float* cosine)
+{
+    double r = M_PI * std::remainder(double(x), 2.0);
+    *sine = float(std::sin(r));
+    *cosine = float(std::cos(r));
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 template <class T> T __ldg(const T* at) { return *at; }
