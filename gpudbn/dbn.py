@@ -206,10 +206,8 @@ class DBN:
             x = self.shards.gather(y) if i + 1 < top else y
         logits = x @ net[f"W{top}"]
         self.shards.sum_(logits)
-        logits += net[f"c{top}"]
-        logits -= logits.max(axis=1, keepdims=True)
-        p = self.xp.exp(logits)
-        return p / p.sum(axis=1, keepdims=True)
+        twins.categorical(None, logits, logits, net[f"c{top}"], logits.shape[1])
+        return logits
 
     def predict(self, v: Array) -> Array:
         """The most probable class of each row. Array (B, n) -> (B,), int64."""

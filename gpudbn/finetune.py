@@ -18,11 +18,20 @@ from gpudbn.arrays import Array
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
-from gpudbn.optimiser import Adam, Momentum, StepRule, schedule
+from gpudbn.optimiser import Adagrad, Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
 from gpudbn.pretrain import Phase, Piece
 from gpudbn.settings import Settings
 from gpudbn.twins import twins_of
+
+
+def step_rule(settings: Settings, parameters: Array) -> StepRule:
+    """The step rule of ``--optimiser``."""
+    if settings.optimiser == "adam":
+        return Adam(parameters, decay=settings.finetune_decay)
+    if settings.optimiser == "adagrad":
+        return Adagrad(parameters, decay=settings.finetune_decay)
+    return Momentum(parameters, momentum=settings.finetune_momentum, decay=settings.finetune_decay)
 
 
 class FinetunePhase(Phase):
@@ -54,15 +63,12 @@ class FinetunePhase(Phase):
         self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
         self.epochs, self.patience = settings.finetune_epochs, settings.finetune_patience
         self.batch = settings.finetune_batch or settings.batch
-        self.rule: StepRule = (
-            Adam(self.parameters, decay=settings.finetune_decay) if settings.optimiser == "adam" else
-            Momentum(self.parameters, momentum=settings.finetune_momentum, decay=settings.finetune_decay))
+        self.rule = step_rule(settings, self.parameters)
         self.gradient = Parameters(self.net.shapes, self.xp)
         # level 0 is the data, level l the hidden units of layer l that are here, the last the logits
         widths = [dbn.sizes[0], *(rbm.width for rbm in dbn.layers), classes]
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
-        self.masks = [self.xp.empty((rows, width), np.float32) for width in widths[:-1]]
         # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
         cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
         self.wholes = [self.xp.empty((rows, size), np.float32) for size in cut]
@@ -86,20 +92,17 @@ class FinetunePhase(Phase):
     def _drop(self, x: Array, level: int, piece: Piece) -> None:
         """x <- x [u < keep] / keep: the units of level ``level`` (0: data) that take part in this update."""
         keep = self._keep(level)
-        if keep == 1:
-            return
-        mask = self.twins.uniforms(self.masks[level][: len(x)], seed=self.settings.seed, update=piece.update,
-                                   site=site(Purpose.DROPOUT, level), row=piece.row,
-                                   **(self.dbn.layers[level - 1].columns if level else {}))
-        self.xp.multiply(x, mask < np.float32(keep), out=x)
-        self.xp.multiply(x, np.float32(1 / keep), out=x)
+        if keep < 1:
+            self.twins.dropout(x, keep, seed=self.settings.seed, update=piece.update,
+                               site=site(Purpose.DROPOUT, level), row=piece.row,
+                               **(self.dbn.layers[level - 1].columns if level else {}))
 
     def _forward(self, a: list[Array], wholes: list[Array], piece: Piece | None) -> list[Array]:
-        """Fill a[1:] from a[0]; the last becomes log softmax. Dropout only if there is a piece.
+        """Fill a[1:] from a[0]; the last become the logits without their bias. Dropout only if there is a piece.
 
         Returns what feeds each layer: all units of the level below, in ``wholes`` where layers are cut.
         """
-        xp, net, inputs = self.xp, self.net, [a[0]]
+        net, inputs = self.net, [a[0]]
         if piece is not None:
             self._drop(a[0], 0, piece)
         for i in range(self.depth):
@@ -108,12 +111,8 @@ class FinetunePhase(Phase):
                 self._drop(a[i + 1], i + 1, piece)
             if i + 1 < self.depth:
                 inputs.append(self.shards.gather(a[i + 1], out=wholes[i] if wholes else None))
-        logits = a[-1]
-        xp.matmul(a[-2], net[f"W{self.depth}"], out=logits)
-        self.shards.sum_(logits)
-        logits += net[f"c{self.depth}"]
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))
+        self.xp.matmul(a[-2], net[f"W{self.depth}"], out=a[-1])
+        self.shards.sum_(a[-1])
         return [*inputs, a[-2]]
 
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
@@ -129,11 +128,9 @@ class FinetunePhase(Phase):
             threshold(a[0])
         wholes = [x[:count] for x in self.wholes]
         inputs = self._forward(a, wholes, piece)
-        # d log p(label) / d logits = onehot(label) - p
         delta = self.deltas[-1][:count]
-        xp.exp(a[-1], out=delta)
-        xp.negative(delta, out=delta)
-        delta[xp.arange(count), xp.asarray(rows.take_labels(piece.positions))] += 1
+        labels = xp.asarray(rows.take_labels(piece.positions))
+        self.twins.cross_entropy(delta, None, None, a[-1], self.net[f"c{self.depth}"], labels)
         for i in range(self.depth, -1, -1):
             xp.matmul(inputs[i].T, delta, out=gradient[f"W{i}"])
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
@@ -145,13 +142,7 @@ class FinetunePhase(Phase):
                     xp.matmul(delta, self.net[f"W{i}"].T, out=wholes[i - 1])
                     self.shards.sum_(wholes[i - 1])
                     below[...] = wholes[i - 1][:, self.dbn.layers[i - 1].mine]
-                # with x = a [kept] / keep, the factor [kept] / keep a (1 - a) is x (1 - keep x)
-                factor = self.masks[i][:count]
-                xp.multiply(a[i], np.float32(-self._keep(i)), out=factor)
-                factor += np.float32(1)
-                below *= a[i]
-                below *= factor
-                delta = below
+                delta = self.twins.sigmoid_backward(below, a[i], keep=self._keep(i))
 
     def step(self, sums: Array, count: int) -> None:
         """One step of the optimiser with sums over ``count`` rows."""
@@ -170,6 +161,7 @@ class FinetunePhase(Phase):
             threshold(x)
         a = [x] + [self.xp.empty((len(x), d.shape[1]), np.float32) for d in self.deltas]
         self._forward(a, [self.xp.empty((len(x), w.shape[1]), np.float32) for w in self.wholes], None)
-        logits, labels = a[-1], self.xp.asarray(rows.take_labels(positions))
-        loss = -logits[self.xp.arange(len(x)), labels].sum(dtype=np.float64)
-        return [loss, (logits.argmax(axis=1) != labels).sum(dtype=np.float64)]
+        loss, wrong = (self.xp.empty(len(x), np.float32) for _ in range(2))
+        labels = self.xp.asarray(rows.take_labels(positions))
+        self.twins.cross_entropy(None, loss, wrong, a[-1], self.net[f"c{self.depth}"], labels)
+        return [loss.sum(dtype=np.float64), wrong.sum(dtype=np.float64)]

@@ -203,8 +203,8 @@ class LayerPhase(Phase):
     def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums over the rows of the free energy, and of |v - reconstruction|^2, both mean-field; nats, units."""
         v = self._inputs(rows, positions)
-        difference = self.rbm.reconstruct(v) - v
-        return [self.rbm.free_energy(v).sum(dtype=np.float64), (difference * difference).sum(dtype=np.float64)]
+        errors = self.twins.squared_errors(self.dbn.xp.empty(len(v), np.float32), v, self.rbm.reconstruct(v))
+        return [self.rbm.free_energy(v).sum(dtype=np.float64), errors.sum(dtype=np.float64)]
 
     def visible_means(self, rows: Rows, at_most: int = 10_000, at_once: int = 500) -> Array:
         """Means of the visible units over the first rows of the data: for the initial biases. Array (n,).

@@ -78,9 +78,12 @@ class RBM:
         Hinton (2012), section 8.
         """
         xp = module_of(self.W)
-        W = np.empty((self.n, self.width), np.float32)
-        normals(W, seed=seed, update=0, site=site(Purpose.INITIALISATION, layer), **self.columns)
-        self.W[...] = xp.asarray(W) * np.float32(sd)
+        address = {"seed": seed, "update": 0, "site": site(Purpose.INITIALISATION, layer), **self.columns}
+        if self.precision == "exact":  # the logarithm of a device has bits of its own
+            self.W[...] = xp.asarray(normals(np.empty((self.n, self.width), np.float32), **address))
+        else:
+            twins_of(self.W).normals(self.W, **address)
+        xp.multiply(self.W, np.float32(sd), out=self.W)
         self.c[...] = np.log(hidden_mean / (1 - hidden_mean))
         self.b[...] = 0
         if visible_means is not None:  # on the host, whose logarithm gives every device the same bits
@@ -98,10 +101,11 @@ class RBM:
 
         -F(v) is log p(v) up to log Z; for real-valued v it is that of the row taken as it is.
         """
-        xp = module_of(v, self.W)
-        of_hidden = xp.logaddexp(np.float32(0), v @ self.W + self.c).sum(axis=1)
-        self.shards.sum_(of_hidden)
-        return -(v @ self.b) - of_hidden
+        energies = module_of(v, self.W).empty(len(v), np.float32)
+        visible = (v, self.b) if self.shards.index == 0 else ()  # once
+        twins_of(v, self.W).free_energy(energies, v @ self.W, self.c, *visible)
+        self.shards.sum_(energies)
+        return energies
 
     def up(self, sample: Array | None, mean: Array | None, v: Array, **address: Any) -> None:
         """mean <- P(h = 1 | v), sample ~ P(h | v): arrays (B, m), or None where not wanted; from v (B, n)."""

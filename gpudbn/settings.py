@@ -105,7 +105,7 @@ class Settings:
                                   rule=AT_LEAST_0, metavar="N")
     finetune_batch: int | None = option(None, "rows an update (default: --batch)", group="fine-tuning",
                                         rule=AT_LEAST_1, metavar="ROWS")
-    optimiser: str = option("adam", "step rule of fine-tuning", group="fine-tuning", choices=("adam", "sgd"))
+    optimiser: str = option("adam", "step rule of fine-tuning", group="fine-tuning", choices=("adam", "adagrad", "sgd"))
     finetune_learning_rate: float = option(0.004, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
                                            metavar="RATE")
     finetune_schedule: str = option("cosine", "how that rate falls over the epochs", group="fine-tuning",

@@ -103,7 +103,7 @@ def test_up_down_and_classes_are_the_plain_formulas():
     ("for rbm in self.layers[:layers]:\n            x", "for rbm in self.layers:\n            x"),
     ("reversed(self.layers[:layers])", "reversed(self.layers)"),
     ("return self.down(self.transform(v))", "return self.down(self.transform(v, 1), 1)"),
-    ("logits += net[f\"c{top}\"]", "logits += 0"),
+    ("logits, logits, net[f\"c{top}\"],", "logits, logits, 0 * net[f\"c{top}\"],"),
     ("half_step(None, y, x, net[f\"W{i}\"], net[f\"c{i}\"])",
      "half_step(None, y, x, self.layers[i].W, self.layers[i].c)"),
 ])

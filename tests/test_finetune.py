@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpudbn import draws, finetune
+from gpudbn import draws, finetune, reference
 from gpudbn.data import Rows
 from gpudbn.dbn import DBN
 from gpudbn.draws import Purpose, site
@@ -121,23 +121,26 @@ def test_the_gradient_is_right_for_one_and_three_hidden_layers(sizes, monkeypatc
     check_gradient(SETTINGS)
 
 
-@pytest.mark.parametrize(("way", "line", "fault"), [
-    ("no dropout", "xp.negative(delta, out=delta)", "pass"),
-    ("no dropout", "below *= a[i]\n", "pass\n"),
-    ("no dropout", "below *= factor", "pass"),
-    ("no dropout", "for i in range(self.depth, -1, -1)", "for i in range(self.depth, 0, -1)"),
-    ("no dropout", "self.net[f\"W{i}\"].T, out=below)", "2 * self.net[f\"W{i}\"].T, out=below)"),
-    ("dropout", "np.float32(-self._keep(i))", "np.float32(-1)"),
-    ("dropout", "np.float32(1 / keep)", "np.float32(1)"),
-    ("dropout", "mask < np.float32(keep)", "mask > np.float32(keep)"),
-    ("dropout", "site=site(Purpose.DROPOUT, level), row=piece.row,", "site=site(Purpose.DROPOUT, level),"),
-    ("dropout", "site=site(Purpose.DROPOUT, level)", "site=site(Purpose.DROPOUT, 0)"),
-    ("dropout", "self.settings.dropout if level else", "self.settings.dropout if not level else"),
-    ("threshold", "rows.take(piece.positions, a[0])\n        if self.settings.binarise == \"threshold\":",
+@pytest.mark.parametrize(("way", "module", "line", "fault"), [
+    ("no dropout", reference, "np.negative(delta, out=delta)", "pass"),
+    ("no dropout", reference, "delta *= a\n", "pass\n"),
+    ("no dropout", reference, "np.multiply(delta, factor, out=delta)", "delta"),
+    ("no dropout", finetune, "for i in range(self.depth, -1, -1)", "for i in range(self.depth, 0, -1)"),
+    ("no dropout", finetune, "self.net[f\"W{i}\"].T, out=below)", "2 * self.net[f\"W{i}\"].T, out=below)"),
+    ("no dropout", finetune, "a[-1], self.net[f\"c{self.depth}\"], labels)\n        for",
+     "a[-1], 0, labels)\n        for"),
+    ("dropout", reference, "np.float32(-keep)", "np.float32(-1)"),
+    ("dropout", reference, "np.float32(1 / keep)", "np.float32(1)"),
+    ("dropout", reference, "u < np.float32(keep)", "u > np.float32(keep)"),
+    ("dropout", finetune, "a[i], keep=self._keep(i))", "a[i], keep=self._keep(0))"),
+    ("dropout", finetune, "site=site(Purpose.DROPOUT, level), row=piece.row,", "site=site(Purpose.DROPOUT, level),"),
+    ("dropout", finetune, "site=site(Purpose.DROPOUT, level)", "site=site(Purpose.DROPOUT, 0)"),
+    ("dropout", finetune, "self.settings.dropout if level else", "self.settings.dropout if not level else"),
+    ("threshold", finetune, "rows.take(piece.positions, a[0])\n        if self.settings.binarise == \"threshold\":",
      "rows.take(piece.positions, a[0])\n        if False:"),
 ])
-def test_a_wrong_gradient_is_noticed(way, line, fault):
-    assert_notices(lambda: check_gradient(WAYS[way]), finetune, line, fault)
+def test_a_wrong_gradient_is_noticed(way, module, line, fault):
+    assert_notices(lambda: check_gradient(WAYS[way]), module, line, fault)
 
 
 def check_pieces():
@@ -195,20 +198,22 @@ def test_measures_are_sums_of_the_plain_formulas_without_dropout(way):
     check_measure(WAYS[way])
 
 
-@pytest.mark.parametrize(("line", "fault"), [
-    ("for w in self.wholes], None)", "for w in self.wholes], Piece(positions, 0, 0, slice(0), 0, 1.0))"),
-    ("loss = -logits[", "loss = logits["),
-    ("logits.argmax(axis=1) != labels", "logits.argmax(axis=1) == labels"),
-    ("logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True))", "pass"),
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (finetune, "for w in self.wholes], None)", "for w in self.wholes], Piece(positions, 0, 0, slice(0), 0, 1.0))"),
+    (finetune, "return [loss.sum(dtype=np.float64), wrong.sum(", "return [wrong.sum(dtype=np.float64), loss.sum("),
+    (reference, "np.negative(log_p[each, labels], out=loss)", "loss[...] = log_p[each, labels]"),
+    (reference, "np.not_equal(log_p.argmax(axis=1), labels", "np.equal(log_p.argmax(axis=1), labels"),
+    (reference, "log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))", "pass"),
+    (reference, "log_p = np.add(x, bias,", "log_p = np.add(x, 0,"),
 ])
-def test_a_wrong_measure_is_noticed(line, fault):
+def test_a_wrong_measure_is_noticed(module, line, fault):
     def check():
         # masks of 25 rows are wanted only under the fault
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tests.test_finetune.COUNT", 25)
             check_measure(SETTINGS)
 
-    assert_notices(check, finetune, line, fault)
+    assert_notices(check, module, line, fault)
 
 
 def check_update(settings):
@@ -230,28 +235,40 @@ def check_update(settings):
     decayed = s.finetune_learning_rate * s.finetune_decay * start * (np.arange(start.size) < one.weights)
     if s.optimiser == "sgd":
         expected = start + s.finetune_learning_rate * mean - decayed
-    else:  # the first step of Adam has the size of the rate
-        expected = start - decayed + s.finetune_learning_rate * mean / (np.abs(mean) + 1e-8 / np.sqrt(1e-3))
+    else:  # the first steps of Adam and Adagrad have the size of the rate
+        eps = 1e-8 / np.sqrt(1e-3) if s.optimiser == "adam" else 1e-8
+        expected = start - decayed + s.finetune_learning_rate * mean / (np.abs(mean) + eps)
     assert_close(again.parameters, expected, atol=1e-5)
-    assert set(one.state()) == ({"mean", "square", "steps"} if s.optimiser == "adam" else {"velocity"})
+    assert set(one.state()) == {"adam": {"mean", "square", "steps"}, "adagrad": {"squares"},
+                                "sgd": {"velocity"}}[s.optimiser]
 
 
 RULES = [replace(SETTINGS, optimiser="adam", finetune_decay=0.2, finetune_learning_rate=0.05),
+         replace(SETTINGS, optimiser="adagrad", finetune_decay=0.2, finetune_learning_rate=0.05),
          replace(SETTINGS, optimiser="sgd", finetune_decay=0.2, finetune_learning_rate=0.3)]
 
 
-@pytest.mark.parametrize("settings", RULES, ids=["adam", "sgd"])
+@pytest.mark.parametrize("settings", RULES, ids=["adam", "adagrad", "sgd"])
 def test_an_update_is_the_mean_gradient_and_a_step(settings):
     check_update(settings)
 
 
-@pytest.mark.parametrize("settings", RULES, ids=["adam", "sgd"])
+@pytest.mark.parametrize("settings", RULES, ids=["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize(("line", "fault"), [
     ("for i in range(self.depth + 1))\n        self.epochs", "for i in range(self.depth))\n        self.epochs"),
     ("scale=1 / count, rate=self.rate", "scale=1 / count, rate=2 * self.rate"),
-    ("if settings.optimiser == \"adam\" else", "if settings.optimiser == \"sgd\" else"),
 ])
 def test_a_wrong_step_is_noticed(settings, line, fault):
+    assert_notices(lambda: check_update(settings), finetune, line, fault)
+
+
+@pytest.mark.parametrize(("settings", "line", "fault"), [
+    (RULES[0], "if settings.optimiser == \"adam\":", "if settings.optimiser == \"sgd\":"),
+    (RULES[1], "if settings.optimiser == \"adagrad\":", "if settings.optimiser == \"sgd\":"),
+    (RULES[1], "Adagrad(parameters, decay=settings.finetune_decay)", "Adagrad(parameters, decay=0)"),
+    (RULES[2], "momentum=settings.finetune_momentum, decay=settings.finetune_decay", "momentum=0.9, decay=0"),
+])
+def test_another_rule_than_the_chosen_one_is_noticed(settings, line, fault):
     assert_notices(lambda: check_update(settings), finetune, line, fault)
 
 
@@ -296,14 +313,14 @@ def check_types():
         of, table = phase(settings), rows()
         of.parameters = of.parameters.view(Watched)
         of.net = Parameters(of.net.shapes, flat=of.parameters)
-        for buffers in (of.activations, of.deltas, of.masks):
+        for buffers in (of.activations, of.deltas):
             buffers[:] = [buffer.view(Watched) for buffer in buffers]
         Watched.doubles.clear()
         for _ in range(2):
             of.update(table, piece())
         of.measure(table, np.arange(COUNT))
         assert not Watched.doubles
-        for array in (of.parameters, of.gradient.flat, *of.activations, *of.deltas, *of.masks):
+        for array in (of.parameters, of.gradient.flat, *of.activations, *of.deltas):
             assert array.dtype == np.float32
         for name, array in of.state().items():
             assert array.dtype == (np.int64 if name == "steps" else np.float32)
@@ -314,9 +331,9 @@ def test_a_fine_tuning_update_computes_in_float32():
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("xp.log(xp.exp(logits).sum(", "xp.log(xp.exp(logits, dtype=np.float64).sum("),
-    ("mask < np.float32(keep)", "(mask < keep) * 1.0"),
-    ("        below *= factor", "        below *= factor * np.float64(1)"),
+    ("np.add(x, bias, out=_scratch.get(\"log p\", x.shape))", "x + bias * np.float64(1)"),
+    ("np.multiply(x, np.float32(1 / keep), out=x)", "np.multiply(x, x.astype(np.float64), out=x, casting='unsafe')"),
+    ("delta *= a\n", "delta[...] = delta * np.float64(1) * a\n"),
 ])
 def test_a_fine_tuning_update_in_float64_is_noticed(line, fault):
-    assert_notices(check_types, finetune, line, fault)
+    assert_notices(check_types, reference, line, fault)

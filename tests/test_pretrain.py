@@ -203,7 +203,7 @@ def test_a_layer_begins_at_the_means_of_its_inputs_and_is_measured_by_the_plain_
     ("(total / count / float", "(total / len(rows) / float"),
     ("min(lo + at_once, count)", "min(lo + at_once - 1, count)"),
     ("sd=self.settings.initial_weights", "sd=0.01"),
-    ("(difference * difference).sum(", "abs(difference).sum("),
+    ("v, self.rbm.reconstruct(v))", "v, self.rbm.reconstruct(1 - v))"),
     ("self.rbm.free_energy(v)", "self.rbm.energy(v, self.rbm.hidden_given_visible(v))"),
 ])
 def test_a_wrong_beginning_or_measure_is_noticed(line, fault):
@@ -340,7 +340,7 @@ def test_a_pretraining_update_computes_in_float32():
     (reference, "signed = np.multiply(h, signs[:, None], out=_scratch.get(\"signed\", h.shape))",
      "signed = h * signs[:, None].astype(np.float64)"),
     (reference, "np.add(x, bias, out=out)", "np.add(x, bias * np.float64(1), out=out, casting='unsafe')"),
-    (rbm, "xp.logaddexp(np.float32(0), ", "xp.logaddexp(np.float64(0), "),
+    (reference, "np.add(x, c, out=_scratch.get(\"t\", x.shape))", "np.add(x, c, dtype=np.float64)"),
 ])
 def test_a_pretraining_update_in_float64_is_noticed(module, line, fault):
     assert_notices(check_types, module, line, fault)

@@ -74,17 +74,19 @@ def test_energies_and_conditionals_are_those_of_enumeration():
     check_energy()
 
 
-@pytest.mark.parametrize(("line", "fault"), [
-    ("h @ self.c + ((v @ self.W)", "h @ self.c - ((v @ self.W)"),
-    ("of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
-    ("of_hidden = xp.logaddexp", "of_hidden = -xp.logaddexp"),
-    ("v @ self.W + self.c).sum(axis=1)", "v @ self.W - self.c).sum(axis=1)"),
-    ("self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
-    ("half_step(sample, mean, h, self.W, self.b, transpose=True",
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (rbm, "h @ self.c + ((v @ self.W)", "h @ self.c - ((v @ self.W)"),
+    (rbm, "of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
+    (reference, "np.negative(np.logaddexp(", "np.positive(np.logaddexp("),
+    (reference, "t = np.add(x, c,", "t = np.subtract(x, c,"),
+    (reference, "np.subtract(out, v @ b, out=out)", "np.add(out, v @ b, out=out)"),
+    (rbm, "(v, self.b) if self.shards.index == 0 else ()", "()"),
+    (rbm, "self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
+    (rbm, "half_step(sample, mean, h, self.W, self.b, transpose=True",
      "half_step(sample, mean, h, self.W, self.b[::-1], transpose=True"),
 ])
-def test_a_wrong_energy_or_conditional_is_noticed(line, fault):
-    assert_notices(check_energy, rbm, line, fault)
+def test_a_wrong_energy_or_conditional_is_noticed(module, line, fault):
+    assert_notices(check_energy, module, line, fault)
 
 
 def test_the_free_energy_of_strong_units_does_not_overflow():
@@ -117,10 +119,10 @@ def test_initial_weights_are_small_normals_and_biases_those_of_independent_units
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("xp.asarray(W) * np.float32(sd)", "xp.asarray(W) * np.float32(sd * sd)"),
+    ("xp.multiply(self.W, np.float32(sd)", "xp.multiply(self.W, np.float32(sd * sd)"),
     ("np.log(p / (1 - p))", "np.log(p)"),
     ("1e-3, 1 - 1e-3)", "1e-2, 1 - 1e-2)"),
-    ("site=site(Purpose.INITIALISATION, layer)", "site=site(Purpose.INITIALISATION)"),
+    ("site(Purpose.INITIALISATION, layer)", "site(Purpose.INITIALISATION)"),
     ("self.c[...] = np.log(hidden_mean / (1 - hidden_mean))", "pass"),
 ])
 def test_wrong_initial_values_are_noticed(line, fault):

@@ -84,7 +84,7 @@ def test_the_sums_of_one_update_differ_by_rounding(options):
     assert sorted(apart)[-2] < 1e-4, apart  # sums of 40 terms; one sample that differs makes 1
 
 
-@pytest.mark.parametrize(("optimiser", "rate"), [("adam", 0.004), ("sgd", 0.3)])
+@pytest.mark.parametrize(("optimiser", "rate"), [("adam", 0.004), ("adagrad", 0.01), ("sgd", 0.3)])
 def test_steps_of_fine_tuning_differ_by_rounding(optimiser, rate):
     import cupy
 
