@@ -507,11 +507,6 @@ def main() -> int:
 
         results = Results(given.out, {"machine": environment(given.rehearse)})
         run(results, TOY if given.rehearse else CASES, cupy, torch, given.rehearse)
-
-        from benchmarks import large
-        from gpudbn import cuda
-
-        large.run(results, large.TOY if given.rehearse else large.CASES, cupy, cuda.gpu())
     return 1 if results.failed else 0
 
 

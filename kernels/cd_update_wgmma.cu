@@ -24,7 +24,7 @@
 #include "quads.cuh"
 
 constexpr int BATCH = 8;       // quads of weights and of velocities that a thread reads at once
-constexpr int ROWS_AHEAD = 8;  // of a tile, for each step of its products
+constexpr int ROWS_AHEAD = 4;  // of a tile, for each step of its products: all of them within 2048 rows of v and h
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 cd_update_wgmma(float* parameters, float* velocity, unsigned short* W_high, unsigned short* W_low,
@@ -118,5 +118,6 @@ cd_update_wgmma(float* parameters, float* velocity, unsigned short* W_high, unsi
                 if (first + 64 * block + line < m) step_of_bias(c + first + 64 * block + line, sums.columns[block][2 * half]);
         }
     };
-    product_wgmma<ALONG_LINES, ALONG_LINES, true>(dynamic_shared, parts, n, m, ahead, [&](Sums& sums) { scale(sums, -model_weight); }, use);
+    auto between = [&](Sums& sums) { scale(sums, -model_weight); };
+    product_wgmma<ALONG_LINES, ALONG_LINES, true>(dynamic_shared, parts, n, m, ahead, between, use);
 }

@@ -4,11 +4,11 @@
 //     mean[r, j]   = sigmoid(bias[j] + sum_i x[r, i] W[j, i])               half_step_wgmma_transposed
 //     sample[r, j] = 1 if u(seed, update, site, row + r, column + j) < mean[r, j] else 0
 //
-// sample, mean            (B, m)  out: bf16, or null: not wanted
-// sample_float, mean_float (B, m)  out: the same in float32, or null
-// x                       (B, n)  in: bf16
-// W, W_low                (n, m), (m, n) for the transposed  in: bf16. W alone, or W + W_low, for which W_low_wanted is 1
-// bias                    (m,)    in: float32
+// sample, mean              (B, m)  out: bf16, or null: not wanted
+// sample_float, mean_float  (B, m)  out: the same in float32, or null
+// x                         (B, n)  in: bf16
+// W, W_low                  (n, m)  in: bf16, (m, n) for the transposed. W alone or, where W_low_wanted is 1, W + W_low
+// bias                      (m,)    in: float32
 //
 // Rows of x, W and all outputs begin at multiples of 16 bytes. They are padded for that, and the padding of outputs is
 // written, with no meaning: a thread stores four columns at once. `column` is a multiple of 4, see philox.cuh.
@@ -46,9 +46,9 @@ __device__ __forceinline__ float4 mean_of(float4 e)
 }
 
 template <Neighbours W_NEIGHBOURS>
-__device__ __forceinline__ void half_step(unsigned char* dynamic_shared, const Outputs& out, const TensorMap& x, const TensorMap& W,
-                                          const TensorMap& W_low, const float* bias, int B, int n, int m, int W_low_wanted,
-                                          const Address& address)
+__device__ __forceinline__ void half_step(unsigned char* dynamic_shared, const Outputs& out, const TensorMap& x,
+                                          const TensorMap& W, const TensorMap& W_low, const float* bias,
+                                          int B, int n, int m, int W_low_wanted, const Address& address)
 {
     bool aligned = quads_aligned(bias, 0), sample_alone = out.sample && !out.mean && !out.sample_float && !out.mean_float;
     Part parts[2] = {{&x, &W, steps_of(n)}, {&x, &W_low, W_low_wanted ? steps_of(n) : 0}};
@@ -89,23 +89,25 @@ __device__ __forceinline__ void half_step(unsigned char* dynamic_shared, const O
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-half_step_wgmma(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float, const __grid_constant__ TensorMap x,
-                const __grid_constant__ TensorMap W, const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
+half_step_wgmma(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float,
+                const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap W,
+                const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
                 int B, int n, int m, int pitch, int float_pitch, int W_low_wanted,
                 u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
     extern __shared__ unsigned char dynamic_shared[];
-    half_step<ALONG_LINES>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias, B, n, m,
-                           W_low_wanted, {seed, update, site, row, column, blocks, clock});
+    half_step<ALONG_LINES>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias,
+                           B, n, m, W_low_wanted, {seed, update, site, row, column, blocks, clock});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-half_step_wgmma_transposed(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float, const __grid_constant__ TensorMap x,
-                           const __grid_constant__ TensorMap W, const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
+half_step_wgmma_transposed(unsigned short* sample, unsigned short* mean, float* sample_float, float* mean_float,
+                           const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap W,
+                           const __grid_constant__ TensorMap W_low, const float* __restrict__ bias,
                            int B, int n, int m, int pitch, int float_pitch, int W_low_wanted,
                            u64 seed, u32 update, u32 site, u64 row, u64 column, u64 blocks, const u32* clock)
 {
     extern __shared__ unsigned char dynamic_shared[];
-    half_step<ALONG_DEPTH>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias, B, n, m,
-                           W_low_wanted, {seed, update, site, row, column, blocks, clock});
+    half_step<ALONG_DEPTH>(dynamic_shared, {sample, mean, sample_float, mean_float, pitch, float_pitch}, x, W, W_low, bias,
+                           B, n, m, W_low_wanted, {seed, update, site, row, column, blocks, clock});
 }

@@ -28,7 +28,8 @@ static_assert(THREADS == 128 * (WARPGROUPS + 1), "THREADS must be the multiplyin
 
 // Registers a thread, where a block begins with 65536 / THREADS, rounded down to a multiple of 8.
 constexpr int REGISTERS_TO_COPY = 24, REGISTERS_TO_MULTIPLY = 240;
-static_assert(128 * REGISTERS_TO_COPY + 128 * WARPGROUPS * REGISTERS_TO_MULTIPLY <= 65536 / THREADS / 8 * 8 * THREADS, "as many as there are");
+static_assert(128 * (REGISTERS_TO_COPY + WARPGROUPS * REGISTERS_TO_MULTIPLY) <= 65536 / THREADS / 8 * 8 * THREADS,
+              "as many as there are");
 
 // A part of the depth: its operands, and how often TILE_DEPTH goes into it, rounded up.
 struct Part {
@@ -64,9 +65,10 @@ __device__ __forceinline__ void scale(Sums& sums, float factor)
 template <Neighbours A, Neighbours B> struct Product {
     using TileA = Operand<TILE_ROWS, A>;
     using TileB = Operand<TILE_COLUMNS, B>;
+    static constexpr bool A_LINES = A == ALONG_LINES, B_LINES = B == ALONG_LINES;
     static constexpr int STAGE_BYTES = TileA::BYTES + TileB::BYTES;
     static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES + SWIZZLE_BYTES;  // behind the stages and the ones
-    static_assert(SHARED_BYTES >= SWIZZLE_BYTES + BARRIERS_AT + 2 * STAGES * 8, "and the way to the first multiple of SWIZZLE_BYTES");
+    static_assert(SHARED_BYTES >= SWIZZLE_BYTES + BARRIERS_AT + 2 * STAGES * 8, "and the way to a multiple of SWIZZLE_BYTES");
 
     u32 shared;  // where the stages begin
     Ring ring;
@@ -128,17 +130,17 @@ template <Neighbours A, Neighbours B> struct Product {
         u64 all_ones = Operand<8, ALONG_DEPTH>::descriptor(ones(), 0, 0);
         for (int step = 0; step < steps; step++, ring.turn++) {
             u32 stage = ring.stage();
+            auto rows = [&](int k) { return TileA::descriptor(a(stage), WGMMA_ROWS * warpgroup, k); };
             barrier_wait(full(stage), ring.parity());
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < TILE_DEPTH; k += WGMMA_DEPTH)
-                wgmma_64x256<A == ALONG_LINES, B == ALONG_LINES>(sums.products, TileA::descriptor(a(stage), warpgroup * WGMMA_ROWS, k), TileB::descriptor(b(stage), 0, k));
+                wgmma_64x256<A_LINES, B_LINES>(sums.products, rows(k), TileB::descriptor(b(stage), 0, k));
             wgmma_commit();
             if (LINE_SUMS && row_sums) {
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < TILE_DEPTH; k += WGMMA_DEPTH)
-                    wgmma_64x8<A == ALONG_LINES>(sums.rows, TileA::descriptor(a(stage), warpgroup * WGMMA_ROWS, k), all_ones);
+                for (int k = 0; k < TILE_DEPTH; k += WGMMA_DEPTH) wgmma_64x8<A_LINES>(sums.rows, rows(k), all_ones);
                 wgmma_commit();
             }
             if (LINE_SUMS && column_sums) {
@@ -146,8 +148,10 @@ template <Neighbours A, Neighbours B> struct Product {
 #pragma unroll
                 for (int k = 0; k < TILE_DEPTH; k += WGMMA_DEPTH)
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        wgmma_64x8<B == ALONG_LINES>(sums.columns[i], TileB::descriptor(b(stage), 128 * warpgroup + 64 * i, k), all_ones);
+                    for (int i = 0; i < 2; i++) {
+                        u64 columns = TileB::descriptor(b(stage), 128 * warpgroup + 64 * i, k);
+                        wgmma_64x8<B_LINES>(sums.columns[i], columns, all_ones);
+                    }
                 wgmma_commit();
             }
             wgmma_wait_for_all_but_one();  // so that all of the step before are done
@@ -172,7 +176,7 @@ __device__ __forceinline__ void product_wgmma(unsigned char* dynamic_shared, con
 
     if (warpgroup == WARPGROUPS) {
         registers_give_back<REGISTERS_TO_COPY>();
-        if (threadIdx.x == 128 * WARPGROUPS)
+        if (threadIdx.x / 32 == MULTIPLYING_WARPS && elected())
             for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
                 TilePosition tile = tile_at(number, tile_rows, tile_columns);
                 int row = tile.row * TILE_ROWS, column = tile.column * TILE_COLUMNS;

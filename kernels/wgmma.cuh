@@ -1,5 +1,6 @@
 // wgmma: the instructions that Hopper's tensor cores are fed and used with, one function each, as inline PTX.
 //
+//     elected                 one lane of a warp
 //     barrier_*               mbarriers in shared memory: they count arrivals of threads and bytes that were copied
 //     copy_box, fetch_to_L2   a box of a matrix from global to shared memory, by the copy engine (TMA); bytes to the cache
 //     wgmma_*                 products by a warpgroup, four warps from a multiple of four on; both operands in shared memory
@@ -7,7 +8,8 @@
 //     fence_for_engines       what threads wrote to shared memory, seen by the copy engine and the tensor cores
 //
 // Addresses in shared memory are the 32-bit ones of the shared window. sm_90a only.
-// Source: PTX ISA 9.0, "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions", "setmaxnreg".
+// Source: PTX ISA 9.0, "elect.sync", "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions",
+// "setmaxnreg".
 // Stand-in without a GPU: tests/cuda_on_cpu/wgmma.h
 #pragma once
 #include "mma.cuh"
@@ -21,6 +23,14 @@ typedef unsigned long long u64;
 struct __align__(64) TensorMap {
     u64 opaque[16];
 };
+
+// True in one lane of the warp, all of which must call it: the compiler knows that what follows is one thread's.
+__device__ __forceinline__ bool elected()
+{
+    u32 mine;
+    asm volatile("{\n.reg .pred mine;\nelect.sync _|mine, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, mine;\n}" : "=r"(mine));
+    return mine;
+}
 
 // ------------------------------------------------------------------------------------------------ barriers
 
@@ -50,7 +60,8 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity)
 {
     u32 ended;
     do {  // each try sleeps for a while
-        asm volatile("{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.u32 %0, 1, 0, ended;\n}"
+        asm volatile("{\n.reg .pred ended;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.u32 %0, 1, 0, ended;\n}"
                      : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
     } while (!ended);
 }
@@ -132,8 +143,15 @@ __device__ __forceinline__ void wgmma_waited(float (&d)[4]) { asm volatile("" : 
 // ------------------------------------------------------------------------------------------------ registers
 
 // By all warps of a warpgroup: so many registers a thread from here on, a multiple of 8.
-template <int COUNT> __device__ __forceinline__ void registers_give_back() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
-template <int COUNT> __device__ __forceinline__ void registers_ask_for() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+template <int COUNT> __device__ __forceinline__ void registers_give_back()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+
+template <int COUNT> __device__ __forceinline__ void registers_ask_for()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
 
 #endif
 

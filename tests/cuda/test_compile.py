@@ -35,8 +35,8 @@ def why_no_compiler():
     return None
 
 
-def compiled(source, architecture, extra=()):
-    """The compiler's report on a source: {kernel: {"registers", "shared", "spills"}}.
+def cubin_of(source, architecture, extra=()):
+    """The code for an architecture, and what the compiler says.
 
     CuPy's own entry to NVRTC asks the driver for the architecture, so this goes one step below it.
     """
@@ -46,10 +46,16 @@ def compiled(source, architecture, extra=()):
     options = (*core.assemble_cupy_compiler_options(("--ptxas-options=-v",)), "-ftz=true", f"-arch={architecture}",
                "--device-as-default-execution-space", *extra)
     log = io.StringIO()
-    compiler._NVRTCProgram(source, "kernels.cu", method="cubin").compile(options, log)
-    assert "Potential Performance Loss" not in log.getvalue(), log.getvalue()  # products one by one instead of in a row
+    cubin, _ = compiler._NVRTCProgram(source, "kernels.cu", method="cubin").compile(options, log)
+    return cubin, log.getvalue()
+
+
+def compiled(source, architecture, extra=()):
+    """The compiler's report on a source: {kernel: {"registers", "shared", "spills"}}."""
+    _, log = cubin_of(source, architecture, extra)
+    assert "Potential Performance Loss" not in log, log  # products one by one instead of in a row
     report = {}
-    for part in log.getvalue().split("Compiling entry function ")[1:]:
+    for part in log.split("Compiling entry function ")[1:]:
         shared = re.search(r"(\d+) bytes smem", part)
         spills = re.findall(r"(\d+) bytes spill", part)
         assert spills, "the compiler's report has changed"

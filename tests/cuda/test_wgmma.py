@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from gpudbn.cuda import door, wgmma
 from gpudbn.cuda.wgmma import TensorMap, padded
 from gpudbn.precision import from_bf16, round_to_bf16
 from tests.cuda.checks import EPS, FAR, GPU, NEAR, SURE, Arrays, host_uniforms, sees_fault
+from tests.cuda.test_compile import cubin_of, why_no_compiler
 from tests.cuda.test_elementwise import check_step
 from tests.cuda.test_layers import exact_sums
 from tests.cuda_on_cpu import runtime
@@ -417,6 +423,43 @@ def test_parameters_are_what_the_launcher_casts_to(unit):
             [code(to) for to in kinds[kernel]]
 
 
+def disassembler():
+    """The path of nvdisasm, or None."""
+    places = getattr(importlib.util.find_spec("nvidia"), "submodule_search_locations", None) or []
+    installed = [str(found) for place in places for found in Path(place).glob("cu*/bin/nvdisasm")]
+    return shutil.which("nvdisasm") or next(iter(installed), None)
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason=f"kernels are not compiled: {why_no_compiler()}")
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize("unit", wgmma.UNITS)
+def test_registers_and_instructions_are_those_meant(unit, tmp_path):
+    """Neither side of setmaxnreg, of which the compiler's report tells nothing, needs more than it has."""
+    found = wgmma.UNITS[unit]
+    cubin, _ = cubin_of(found.source(), "sm_90a", found.options)
+    (tmp_path / "cubin").write_bytes(cubin + b"\0")  # CuPy leaves out the last byte
+    told = subprocess.run([disassembler(), "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+    kernels = dict(re.findall(r"\.section\s+\.text\.(\w+)(.*?)(?=\.section|\Z)", told.stdout, flags=re.S))
+    assert set(kernels) == set(found.kernels)
+    for kernel, text in kernels.items():
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, flags=re.M)
+
+        def most(instructions):
+            return 1 + max(int(register) for line in instructions for register in re.findall(r"\bR(\d+)\b", line))
+
+        copying = next(i for i, line in enumerate(code) if "USETMAXREG.DEALLOC" in line)
+        end = max(i for i, line in enumerate(code) if "EXIT" in line)
+        assert any("UTMALDG.2D" in line for line in code[copying:end]), kernel
+        assert most(code[copying:end]) <= 24, kernel
+        assert 128 < most(code) <= 240, kernel
+        products = [line for line in code if "HGMMA.64x256x16.F32.BF16" in line]
+        turned = [("tnspA" in line, "tnspB" in line) for line in products]
+        assert turned == [{"half_step_wgmma": (False, True), "half_step_wgmma_transposed": (False, False),
+                           "cd_update_wgmma": (True, True)}[kernel]] * len(products)
+        assert len(products) % 4 == 0, kernel
+        assert sum("HGMMA.64x8x16" in line for line in code) == (12 if kernel == "cd_update_wgmma" else 0)
+
+
 def test_shared_memory_fits_the_chip():
     assert wgmma.SHARED_BYTES <= 227 << 10
 
@@ -450,7 +493,7 @@ FAULTS = {  # name: text, what it becomes, the check that must see it
     "descriptor: strides exchanged":
         ("k * 128, BOX_BYTES, SWIZZLE_BYTES", "k * 128, SWIZZLE_BYTES, BOX_BYTES", half_step_check),
     "descriptor: rows of the other warpgroup":
-        ("warpgroup * WGMMA_ROWS, k), TileB", "0, k), TileB", half_step_check),
+        ("WGMMA_ROWS * warpgroup, k)", "0, k)", half_step_check),
     "stages: begin off the pattern": ("/ SWIZZLE_BYTES * SWIZZLE_BYTES;", "/ 128 * 128;", half_step_check),
     "copy: rows and columns exchanged":
         ("copy_box(there, from, k, line, arrived)", "copy_box(there, from, line, k, arrived)", half_step_check),

@@ -28,7 +28,8 @@ static_assert(sizeof(Barrier) == 8);
 inline unsigned char* shared_at(unsigned address, unsigned bytes, unsigned multiple, Place place)
 {
     if (address % multiple || address < SHARED_BEGINS || address + bytes > SHARED_BEGINS + block->launch->shared_bytes)
-        fail("%u bytes at %u must be at a multiple of %u within shared memory, at %s:%d", bytes, address, multiple, place.file, place.line);
+        fail("%u bytes at %u must be at a multiple of %u within shared memory, at %s:%d", bytes, address, multiple,
+             place.file, place.line);
     return dynamic_shared + (address - SHARED_BEGINS);
 }
 
@@ -67,9 +68,11 @@ struct Matrix {
     bool lines;
 
     Matrix(uint64_t descriptor, bool lines, Place place)
-        : start((descriptor & 0x3FFF) << 4), leading_stride((descriptor >> 16 & 0x3FFF) << 4), stride((descriptor >> 32 & 0x3FFF) << 4), lines(lines)
+        : start((descriptor & 0x3FFF) << 4), leading_stride((descriptor >> 16 & 0x3FFF) << 4),
+          stride((descriptor >> 32 & 0x3FFF) << 4), lines(lines)
     {
-        if (descriptor >> 62 != 1 || descriptor >> 46 & 0xFFFF) fail("a descriptor must say 128-byte swizzle from its start, at %s:%d", place.file, place.line);
+        if (descriptor >> 62 != 1 || descriptor >> 46 & 0xFFFF)
+            fail("a descriptor must say 128-byte swizzle from its start, at %s:%d", place.file, place.line);
     }
 
     unsigned address(unsigned line, unsigned k) const
@@ -124,6 +127,12 @@ inline unsigned shared_address(const void* shared)
     return static_cast<const unsigned char*>(shared) - dynamic_shared + cuda_on_cpu::SHARED_BEGINS;
 }
 
+inline bool elected(WHERE)
+{
+    cuda_on_cpu::syncwarp(~0u, {file, line});
+    return cuda_on_cpu::block->lane() == 0;
+}
+
 inline void barrier_init(unsigned barrier, unsigned arrivals, WHERE)
 {
     cuda_on_cpu::barrier_at(barrier, {file, line}) = {0, uint16_t(arrivals), uint16_t(arrivals), 0};
@@ -148,7 +157,8 @@ inline void copy_box(unsigned to, const TensorMap& map, int x, int y, unsigned b
 {
     using namespace cuda_on_cpu;
     unsigned bytes = map.box_columns * map.box_rows * 2;
-    if (map.box_columns != 64) fail("a box with 128-byte swizzle must be 64 values wide; this is %d", int(map.box_columns));
+    if (map.box_columns != 64)
+        fail("a box with 128-byte swizzle must be 64 values wide; this is %d", int(map.box_columns));
     std::memset(shared_at(to, bytes, 1024, {file, line}), 0xFF, bytes);  // where the pattern begins
     Place place{file, line};
     in_background([=] {
@@ -161,7 +171,8 @@ inline void copy_box(unsigned to, const TensorMap& map, int x, int y, unsigned b
                 std::memcpy(shared_at(swizzled(to + r * 128 + c * 2), 2, 2, place), &value, 2);
             }
         Barrier& arrived = barrier_at(barrier, place);
-        if (arrived.bytes < int(bytes)) fail("more bytes than were announced arrive at the barrier of %s:%d", place.file, place.line);
+        if (arrived.bytes < int(bytes))
+            fail("more bytes than were announced arrive at the barrier of %s:%d", place.file, place.line);
         arrived.bytes -= bytes;
         end_phase_if_complete(arrived);
     });
