@@ -6,7 +6,8 @@
 Everyone's results are held to a float64 reference first; what fails is not timed. A sample is a stretch
 of at least a millisecond of calls one after the other between two CUDA events, divided by their number:
 where launching is slower than the kernel, it is the launching that is seen, but for the rows "in a graph",
-in which the host has no part. All arithmetic is float32 unless a row says otherwise.
+in which the host has no part. All arithmetic is float32 unless a row names a precision: then the products of
+half-steps are of rounded operands, and what is right is computed from these.
 
 The file is written after every measurement. ``--environment`` and ``--table`` are for ``on_gpu.sh``.
 """
@@ -30,6 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpudbn.precision import TENSOR_CORES, bf16, bf16_parts, tf32
+
 ROOT = Path(__file__).parent.parent
 CASES = [(784, 500, 100), (784, 2000, 128), (4096, 4096, 1024)]  # n, m, B
 TOY = [(13, 7, 5), (37, 67, 11)]
@@ -38,6 +41,7 @@ SITES = {"h0": 4 << 24, "v1": 4 << 24 | 1, "h1": 4 << 24 | 2}
 NEAR = {"seed": 7, "update": 3, "row": 0}
 repeats = 20  # samples of each measurement, and launches in a graph
 SURE = 1e-6  # a draw must agree with its probability where they are farther apart
+SURE_ROUNDED = 5e-5  # the same of sums by tensor cores
 
 
 class Work(NamedTuple):
@@ -49,18 +53,19 @@ class Work(NamedTuple):
 
 
 class Case:
-    """One layer and batch: its data on the host, and what is right, in float64."""
+    """One layer and batch: its data on the host, and what is right, in float64, of weights as they are rounded."""
 
-    product = "float32 TFLOP/s"  # the ceiling that products are compared to
-
-    def __init__(self, n: int, m: int, B: int) -> None:
-        self.n, self.m, self.B = n, m, B
+    def __init__(self, n: int, m: int, B: int, precision: str = "fp32") -> None:
+        self.n, self.m, self.B, self.precision = n, m, B, precision
+        self.product = "float32 TFLOP/s" if precision == "fp32" else "float16 TFLOP/s"  # the ceiling of products
+        self.sure = SURE if precision == "fp32" else SURE_ROUNDED
         rng = np.random.default_rng([n, m, B])
         self.v = (rng.random((2 * B, n), np.float32) < 0.3).astype(np.float32)
         self.h = (rng.random((2 * B, m), np.float32) < 0.4).astype(np.float32)
         self.p = np.concatenate([rng.normal(0, 0.5 / np.sqrt(n), n * m), rng.normal(0, 0.5, n + m)]).astype(np.float32)
         self.u = rng.normal(0, 1e-3, self.p.size).astype(np.float32)
-        W, b, c = self.split(self.p.astype(np.float64))
+        _, b, c = self.split(self.p.astype(np.float64))
+        W = self.weights()
         self.up = 1 / (1 + np.exp(-(self.v[:B] @ W + c)))
         self.down = 1 / (1 + np.exp(-(self.h[:B] @ W.T + b)))
         self.sums = self.exact_sums(self.v, self.h)
@@ -69,6 +74,14 @@ class Case:
         """W, b, c as views."""
         n, m = self.n, self.m
         return flat[: n * m].reshape(n, m), flat[n * m : n * m + n], flat[n * m + n :]
+
+    def weights(self) -> np.ndarray:
+        """W as it is rounded for a product with zeros and ones, in float64."""
+        W = self.split(self.p)[0]
+        if self.precision == "bf16x2":
+            high, low = bf16_parts(W)
+            return high.astype(np.float64) + low
+        return {"fp32": np.asarray, "bf16": bf16, "tf32": tf32}[self.precision](W).astype(np.float64)
 
     def exact_sums(self, v: np.ndarray, h: np.ndarray) -> np.ndarray:
         """dW, db, dc end to end."""
@@ -87,10 +100,10 @@ class Case:
     def check_update(self, v: np.ndarray, h: np.ndarray, parameters: np.ndarray, velocity: np.ndarray,
                      draws: tuple[np.ndarray | None, np.ndarray | None] = (None, None)) -> None:
         """A whole update from p and u, link by link: h0 of v0, v1 of h0, h1 of v1, the step of all four."""
-        B, (W, b, c) = self.B, self.split(self.p.astype(np.float64))
-        check_sample("h0", h[:B], self.up, draws[0])
-        check_sample("v1", v[B:], 1 / (1 + np.exp(-(h[:B] @ W.T + b))), draws[1])
-        close("h1", h[B:], 1 / (1 + np.exp(-(v[B:] @ W + c))), 1e-5)
+        B, W, (_, b, c) = self.B, self.weights(), self.split(self.p.astype(np.float64))
+        check_sample("h0", h[:B], self.up, draws[0], self.sure)
+        check_sample("v1", v[B:], 1 / (1 + np.exp(-(h[:B] @ W.T + b))), draws[1], self.sure)
+        close("h1", h[B:], 1 / (1 + np.exp(-(v[B:] @ W + c))), max(1e-5, self.sure))
         self.check_step(parameters, velocity, self.exact_sums(v, h))
 
     def cost(self, what: str) -> tuple[int, int]:
@@ -110,12 +123,13 @@ def close(what: str, got: np.ndarray, expected: np.ndarray, error: float) -> Non
         raise ArithmeticError(f"{what}: must be within {error:.1g}; got {worst:.3g}")
 
 
-def check_sample(what: str, sample: np.ndarray, p: np.ndarray, u: np.ndarray | None = None) -> None:
+def check_sample(what: str, sample: np.ndarray, p: np.ndarray, u: np.ndarray | None = None,
+                 sure: float = SURE) -> None:
     """Zeros and ones, by these draws, or at least in such numbers as these probabilities make."""
     if not np.isin(sample, (0, 1)).all():
         raise ArithmeticError(f"{what}: must be 0 and 1")
     if u is not None:
-        wrong = int(((sample != (u < p)) & (np.abs(u - p) > SURE)).sum())
+        wrong = int(((sample != (u < p)) & (np.abs(u - p) > sure)).sum())
         if wrong:
             raise ArithmeticError(f"{what}: must be the draws'; got {wrong} others")
     elif abs(float(sample.sum()) - p.sum()) > 6 * np.sqrt((p * (1 - p)).sum()) + 1:
@@ -126,10 +140,10 @@ def check_sample(what: str, sample: np.ndarray, p: np.ndarray, u: np.ndarray | N
 
 
 def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
-    """Ours."""
+    """Ours. What is rounded is multiplied by tensor cores; gradients are in float32 all the same."""
     from gpudbn.draws import uniforms
 
-    n, m, B = case.n, case.m, case.B
+    n, m, B, precision = case.n, case.m, case.B, case.precision
     v, h, parameters, velocity = (xp.asarray(a) for a in (case.v, case.h, case.p, case.u))
     (W, b, c), first, second = case.split(parameters), {**NEAR, "site": SITES["h0"]}, {**NEAR, "site": SITES["v1"]}
     up, down = xp.empty((B, m), np.float32), xp.empty((B, n), np.float32)
@@ -137,26 +151,27 @@ def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
     def drawn(shape: tuple[int, int], address: dict[str, int]) -> np.ndarray:
         return uniforms(np.empty(shape, np.float32), **address)
 
-    yield Work("half_step", lambda: launcher.half_step(up, None, v[:B], W, c, **first),
-               lambda: check_sample("h", up.get(), case.up, drawn(up.shape, first)))
+    yield Work("half_step", lambda: launcher.half_step(up, None, v[:B], W, c, precision=precision, **first),
+               lambda: check_sample("h", up.get(), case.up, drawn(up.shape, first), case.sure))
     yield Work("half_step, transposed",
-               lambda: launcher.half_step(down, None, h[:B], W, b, transpose=True, **second),
-               lambda: check_sample("v", down.get(), case.down, drawn(down.shape, second)))
-    sums = xp.empty_like(parameters)
-    parts = case.split(sums)
-    yield Work("cd_sums", lambda: launcher.cd_sums(*parts, v, h, B),
-               lambda: close("sums", sums.get(), case.sums, 1e-5))
+               lambda: launcher.half_step(down, None, h[:B], W, b, transpose=True, precision=precision, **second),
+               lambda: check_sample("v", down.get(), case.down, drawn(down.shape, second), case.sure))
 
     def step() -> None:
         launcher.cd_update(parameters, velocity, None, n, m, v, h, B, rate=RATE, momentum=MOMENTUM, decay=DECAY)
 
-    yield Work("cd_update", step, lambda: case.check_step(parameters.get(), velocity.get(), case.sums))
-    parameters[...], velocity[...] = xp.asarray(case.p), xp.asarray(case.u)
+    if precision == "fp32":
+        sums = xp.empty_like(parameters)
+        parts = case.split(sums)
+        yield Work("cd_sums", lambda: launcher.cd_sums(*parts, v, h, B),
+                   lambda: close("sums", sums.get(), case.sums, 1e-5))
+        yield Work("cd_update", step, lambda: case.check_step(parameters.get(), velocity.get(), case.sums))
+        parameters[...], velocity[...] = xp.asarray(case.p), xp.asarray(case.u)
 
     def update() -> None:
-        launcher.half_step(h[:B], None, v[:B], W, c, **first)
-        launcher.half_step(v[B:], None, h[:B], W, b, transpose=True, **second)
-        launcher.half_step(None, h[B:], v[B:], W, c)
+        launcher.half_step(h[:B], None, v[:B], W, c, precision=precision, **first)
+        launcher.half_step(v[B:], None, h[:B], W, b, transpose=True, precision=precision, **second)
+        launcher.half_step(None, h[B:], v[B:], W, c, precision=precision)
         step()
 
     yield Work("CD-1 update", update,
@@ -364,10 +379,10 @@ class Results:
 
 def tile_of(launcher: Any, case: Case, what: str) -> str:
     """Which tiles the launcher chooses."""
-    n, m, B = case.n, case.m, case.B
-    units = {"half_step": [("half_step", B, m)], "half_step, transposed": [("half_step", B, n)],
-             "cd_sums": [("cd_update", n + 1, m + 1)], "cd_update": [("cd_update", n + 1, m + 1)]}
-    chosen = units.get(what) or [("half_step", B, m), ("half_step", B, n), ("cd_update", n + 1, m + 1)]
+    n, m, B, precision = case.n, case.m, case.B, case.precision
+    up, down, gradient = ("half_step", B, m, precision), ("half_step", B, n, precision), ("cd_update", n + 1, m + 1)
+    units = {"half_step": [up], "half_step, transposed": [down], "cd_sums": [gradient], "cd_update": [gradient]}
+    chosen = units.get(what) or [up, down, gradient]
     return ", ".join(launcher._choose(*unit)[0] for unit in chosen)
 
 
@@ -382,25 +397,32 @@ def run(results: Results, cases: list[tuple[int, int, int]], xp: Any, torch: Any
         results.content["ceilings"] = ceilings(xp, torch, toy)
         print(results.content["ceilings"], flush=True)
     for sizes in cases:
-        case = Case(*sizes)
-        contenders: list[tuple[str, Any, Iterator[Work]]] = [("kernels", launcher, by_kernels(case, xp, launcher))]
-        for tiles, processors in (("small", 10**9), ("large", 1)):
+        cases_in = {precision: Case(*sizes, precision) for precision in ("fp32", *TENSOR_CORES)}
+        case = cases_in["fp32"]
+        contenders: list[tuple[str, Any, Case, Iterator[Work]]] = []
+
+        choices = [("kernels", "fp32", {}), ("kernels, small tiles", "fp32", {"processors": 10**9}),
+                   ("kernels, large tiles", "fp32", {"processors": 1}),
+                   *((f"kernels, {precision}", precision, {}) for precision in TENSOR_CORES),
+                   *((f"kernels, bf16x2, {size} tiles", "bf16x2", {"tensor_tiles": {size: tile}})
+                     for size, tile in launcher.tensor_tiles.items() if tile.shared <= launcher.shared_memory)]
+        for by, precision, changed in choices:
             other = copy.copy(launcher)
-            other.processors = processors
-            contenders.append((f"kernels, {tiles} tiles", other, by_kernels(case, xp, other)))
-        contenders.append(("CuPy", None, by_cupy(case, xp)))
+            vars(other).update(changed)
+            contenders.append((by, other, cases_in[precision], by_kernels(cases_in[precision], xp, other)))
+        contenders.append(("CuPy", None, case, by_cupy(case, xp)))
         if torch is not None:
-            contenders.append(("PyTorch", None, by_torch(case, torch, "cpu" if toy else "cuda")))
-        for by, ours, works in contenders:
+            contenders.append(("PyTorch", None, case, by_torch(case, torch, "cpu" if toy else "cuda")))
+        for by, its_launcher, its_case, works in contenders:
             with results.attempt(by=by, case=sizes):
                 for work in works:
                     with results.attempt(by=by, what=work.what, case=sizes):
                         work.call()
                         work.check()
-                        tiles = {"tiles": tile_of(ours, case, work.what)} if ours else {}
-                        results.add(case, by, work.what, timed(xp, work.call), **tiles)
-                        if ours:
-                            results.add(case, f"{by}, in a graph", work.what, in_a_graph(xp, work.call), **tiles)
+                        tiles = {"tiles": tile_of(its_launcher, its_case, work.what)} if its_launcher else {}
+                        results.add(its_case, by, work.what, timed(xp, work.call), **tiles)
+                        if its_launcher:
+                            results.add(its_case, f"{by}, in a graph", work.what, in_a_graph(xp, work.call), **tiles)
 
 
 # ------------------------------------------------------------------------------------------- what it ran on

@@ -60,7 +60,7 @@ def by_wgmma(case: Large, xp: Any, launcher: Any) -> Iterator[Work]:
     """Ours: weights in bf16 for the products, in float32 for the steps."""
     from gpudbn.cuda.wgmma import padded
     from gpudbn.draws import uniforms
-    from gpudbn.reference import from_bf16, round_to_bf16
+    from gpudbn.precision import from_bf16, round_to_bf16
 
     n, m, B = case.n, case.m, case.B
     parameters, velocity = xp.asarray(case.p), xp.asarray(case.u)
