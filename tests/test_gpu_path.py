@@ -413,6 +413,8 @@ def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):
     found = json.loads((out / "kernels.json").read_text())
     assert {(row["what"], row["by"]) for row in found["rows"]} >= {
         (what, by) for what in ("half_step", "cd_sums", "cd_update", "CD-1 update") for by in ("kernels", "CuPy")}
+    assert {row["by"] for row in found["rows"] if row["what"] == "half_step"} >= {
+        f"kernels, {precision}" for precision in ("bf16", "bf16x2", "tf32")}
     assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in found["rows"])
     table = (out / "table.md").read_text()
     assert table in done.stdout
@@ -433,7 +435,7 @@ def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert {row["what"] for row in rows if row["by"].startswith("kernels")} == {"cd_sums", "cd_update"}
     assert {row["what"] for row in rows if row["by"] == "CuPy"} > {"half_step", "half_step, transposed"}
-    assert results.failed == 3 * 3
+    assert results.failed == 3 * 9  # three in float32, three precisions, three tiles
     assert device.launched
 
 
