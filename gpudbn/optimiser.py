@@ -10,8 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
-from gpudbn.arrays import Array, module_of
+from gpudbn.arrays import Array, is_gpu, module_of
+from gpudbn.scratch import Scratch
 from gpudbn.twins import twins_of
+
+_scratch = Scratch()
 
 
 class StepRule(Protocol):
@@ -34,6 +37,13 @@ class SGD:
         """W <- (1 - rate decay) W;  parameters += rate scale gradient."""
         twins_of(parameters).sgd_step(parameters, gradient, weights=weights, scale=scale, rate=rate, decay=self.decay)
 
+    def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
+                              rate: float) -> None:
+        """``step`` with the gradient of an RBM that is not written: ``reference.cd_sgd``."""
+        twins = twins_of(parameters, v, h)
+        twins.cd_sgd(parameters, _work(parameters), v.shape[1], h.shape[1], v, h, rows,
+                     model_weight=model_weight, rate=rate, decay=self.decay)
+
 
 class Momentum:
     """Classical momentum with L2 decay: ``reference.momentum_step``. Hinton (2012), sections 9 and 10."""
@@ -47,6 +57,13 @@ class Momentum:
         twins_of(parameters).momentum_step(parameters, self.state["velocity"], gradient, weights=weights, scale=scale,
                                            rate=rate, momentum=self.momentum, decay=self.decay)
 
+    def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
+                              rate: float) -> None:
+        """``step`` with the gradient of an RBM that is not written: ``reference.cd_update``."""
+        twins = twins_of(parameters, v, h)
+        twins.cd_update(parameters, self.state["velocity"], _work(parameters), v.shape[1], h.shape[1], v, h, rows,
+                        model_weight=model_weight, rate=rate, momentum=self.momentum, decay=self.decay)
+
 
 class Adagrad:
     """Every parameter at a rate of its own, that falls: ``reference.adagrad_step``. Duchi, Hazan & Singer (2011)."""
@@ -59,6 +76,13 @@ class Adagrad:
         """squares += (scale gradient)^2;  parameters += rate scale gradient / sqrt(squares)."""
         twins_of(parameters).adagrad_step(parameters, self.state["squares"], gradient, weights=weights, scale=scale,
                                           rate=rate, decay=self.decay)
+
+    def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
+                              rate: float) -> None:
+        """``step`` with the gradient of an RBM that is not written: ``reference.cd_adagrad``."""
+        twins = twins_of(parameters, v, h)
+        twins.cd_adagrad(parameters, self.state["squares"], _work(parameters), v.shape[1], h.shape[1], v, h, rows,
+                         model_weight=model_weight, rate=rate, decay=self.decay)
 
 
 class Adam:
@@ -77,6 +101,11 @@ class Adam:
         self.state["steps"] += 1
         twins_of(parameters).adam_step(parameters, self.state["mean"], self.state["square"], gradient, weights=weights,
                                        scale=scale, rate=rate, decay=self.decay, steps=int(self.state["steps"][0]))
+
+
+def _work(parameters: Array) -> Array | None:
+    """Work space of a NumPy twin, which a kernel does not want."""
+    return None if is_gpu(parameters) else _scratch.get("gradient", parameters.shape)
 
 
 def schedule(name: str, rate: float, end: float, epoch: int, epochs: int) -> float:

@@ -101,8 +101,9 @@ def test_ten_steps_are_those_of_the_paper(case):
     (CASES[0], reference, "np.subtract(t, s, out=t)", "np.subtract(s, t, out=t)"),
     (CASES[1], optimiser, "decay=self.decay, steps=", "decay=0.1, steps="),
     (CASES[2], reference, "yield min(max(weights - start, 0), parts[0].size),", "yield min(weights, parts[0].size),"),
-    (CASES[3], optimiser, "momentum=self.momentum", "momentum=0.9"),
-    (CASES[4], optimiser, "momentum=self.momentum, decay=self.decay", "momentum=self.momentum, decay=0"),
+    (CASES[3], optimiser, "   rate=rate, momentum=self.momentum", "   rate=rate, momentum=0.9"),
+    (CASES[4], optimiser, "   rate=rate, momentum=self.momentum, decay=self.decay",
+     "   rate=rate, momentum=self.momentum, decay=0"),
     (CASES[4], reference, "np.float32(rate_decay)", "np.float32(decay)"),
     (CASES[6], reference, "np.multiply(t, t, out=root)", "np.multiply(g, g, out=root)"),
     (CASES[6], reference, "np.add(q, root, out=q)", "np.copyto(q, root)"),
@@ -132,6 +133,40 @@ def test_a_rule_goes_on_from_a_copy_of_its_state(name):
     first.step(one, gradient.copy(), weights=5, scale=1, rate=0.1)
     second.step(two, gradient.copy(), weights=5, scale=1, rate=0.1)
     assert np.array_equal(one, two)
+
+
+def check_activations(name):
+    """A step with activations is a step with their gradient, to the bit: W, b, c end to end, of which W decays."""
+    n, m, rows = 5, 3, 7
+    rng = np.random.default_rng(1)
+    v, h = rng.random((rows + 4, n), np.float32), rng.random((rows + 4, m), np.float32)
+    dense = rng.standard_normal(n * m + n + m).astype(np.float32)
+    sums, factored = np.empty_like(dense), dense.copy()
+    one, other = (RULES[name][0](dense, decay=0.2) for _ in range(2))
+    for rate in (0.3, 0.1):
+        reference.cd_sums(sums[: n * m].reshape(n, m), sums[n * m : -m], sums[-m:], v, h, rows, model_weight=0.5)
+        one.step(dense, sums, weights=n * m, scale=1 / rows, rate=rate)
+        other.step_with_activations(factored, v, h, rows, model_weight=0.5, rate=rate)
+    assert np.array_equal(dense, factored)
+    for key, array in one.state.items():
+        assert np.array_equal(array, other.state[key])
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad"])
+def test_a_step_with_activations_is_a_step_with_their_gradient(name):
+    check_activations(name)
+
+
+@pytest.mark.parametrize(("name", "line", "fault"), [
+    ("sgd", "twins.cd_sgd(parameters, _work(parameters), v.shape[1], h.shape[1], v, h, rows,",
+     "twins.cd_sgd(parameters, _work(parameters), v.shape[1], h.shape[1], v, h, rows + 1,"),
+    ("momentum", "twins.cd_update(parameters, self.state[\"velocity\"],",
+     "twins.cd_update(parameters, 0 * parameters,"),
+    ("adagrad", "twins.cd_adagrad(parameters, self.state[\"squares\"],",
+     "twins.cd_adagrad(parameters, 0 * parameters,"),
+])
+def test_a_step_with_other_activations_is_noticed(name, line, fault):
+    assert_notices(lambda: check_activations(name), optimiser, line, fault)
 
 
 def check_schedules():

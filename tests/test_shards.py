@@ -316,7 +316,7 @@ def test_gradients_need_nothing_from_others():
     (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
     (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
      "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)", check_stack),
-    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y; x[:, : h.shape[1]] = h",
+    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
     (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
     (finetune, "self.shards.sum_(a[-1])", "pass", check_finetuning_update),
