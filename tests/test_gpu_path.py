@@ -14,18 +14,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import kernels
-from gpudbn import arrays, dbn, predict, sample, train
+from gpudbn import arrays, dbn, optimiser, predict, sample, train
 from gpudbn.cuda import door
 from gpudbn.dbn import DBN
 from gpudbn.errors import NonFiniteError
 from gpudbn.loop import Training
 from gpudbn.mpi.alone import Alone
+from gpudbn.mpi.server import Steps
 from gpudbn.mpi.wire import Staging
 from tests import pretend_cupy
 from tests.cuda_on_cpu import runtime
@@ -208,6 +210,29 @@ def test_the_tests_for_a_gpu_themselves():
         there.test_steps_of_fine_tuning_differ_by_rounding("adam", 0.004)
         there.test_steps_of_fine_tuning_differ_by_rounding("sgd", 0.3)
         there.test_staging_waits_for_the_kernels()
+
+
+@pytest.mark.parametrize("make", [partial(optimiser.SGD, decay=0.1), partial(optimiser.Adagrad, decay=0.1),
+                                  partial(optimiser.Momentum, momentum=0.5, decay=0.1)])
+def test_a_server_that_keeps_its_parameters_on_the_device(make, device):
+    """Changes and activations, two of each; nothing comes to the host."""
+    import cupy
+
+    n, m, rows = 7, 5, 11
+    rng = np.random.default_rng(0)
+    change, start = rng.standard_normal((2, n * m + n + m)).astype(np.float32)
+    v, h = rng.random((rows + 3, n), np.float32), rng.random((rows + 3, m), np.float32)
+    found = []
+    for put in (np.copy, cupy.asarray):
+        steps, p = Steps(make, rate=0.1, by_staleness=True), put(start)
+        for staleness in (0, 3):
+            steps(p, put(change), staleness)
+            steps.activations(p, put(v), put(h), rows, staleness, model_weight=0.5)
+        found.append(p)
+    assert not device.copies("to host")
+    assert_close(found[1].get(), found[0], atol=1e-5)
+    assert np.abs(found[0] - start).max() > 0.1
+    assert len(device.launched) == 4
 
 
 # ------------------------------------------------------------------------ what crosses, and who waits for whom
