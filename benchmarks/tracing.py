@@ -2,9 +2,9 @@
 
     python -m benchmarks.tracing [--out FILE]
 
-On a GPU, launches are ranges, too. Here an update goes through the launcher, with all its checks, to kernels that do
-nothing: no update that is launched can be faster, so the part of the ranges in it is an upper bound. Training replays
-CUDA graphs of many updates, in which nothing is launched and no range opened.
+On a GPU a launch stands in a range, which is left out while no profiler listens. Here an update goes through the
+launcher, with all its checks, to kernels that do nothing: no update that is launched can be faster, so the part of the
+ranges in it is an upper bound. Training replays CUDA graphs of many updates, in which no range is opened.
 """
 
 from __future__ import annotations

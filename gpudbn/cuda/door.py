@@ -134,7 +134,8 @@ class Door:
         self.current_device = current_device
         self.shared_memory = shared_memory
         self.architecture = architecture
-        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}  # of a unit's kernel: function, NVTX range
+        # of a unit's kernel: itself, and its launch in an NVTX range
+        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}
 
     # ------------------------------------------------------------------------------------ compiling and launching
 
@@ -150,7 +151,9 @@ class Door:
             module = self.make_module(code=unit.source(), options=unit.options,
                                       enable_cooperative_groups=unit.cooperative)
             for kernel in unit.kernels:
-                self._functions[name, kernel] = module.get_function(kernel), span(kernel)
+                function = module.get_function(kernel)
+                # the range stands around the launch; without a profiler this is the launch itself
+                self._functions[name, kernel] = function, span(kernel)(function)
 
     def function(self, unit: str, kernel: str) -> Any:
         """The compiled kernel, for instance to ask what it needs."""
@@ -164,11 +167,10 @@ class Door:
             self._compile(unit)
         cast = tuple([(_NULL if value is None else value) if to is POINTER else to(value)
                       for to, value in zip(self.units[unit].kernels[kernel], arguments, strict=True)])
-        function, named = self._functions[unit, kernel]
+        function, launch = self._functions[unit, kernel]
         if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        with named:
-            function(grid, (threads,), cast, shared_mem=shared)
+        launch(grid, (threads,), cast, shared_mem=shared)
 
     def _launch_elementwise(self, unit: str, kernel: str, threads: int, *arguments: Any) -> None:
         """Launch for so many threads, or fewer that go round."""
