@@ -81,7 +81,8 @@ class Case:
         if self.precision == "bf16x2":
             high, low = bf16_parts(W)
             return high.astype(np.float64) + low
-        return {"fp32": np.asarray, "bf16": bf16, "tf32": tf32}[self.precision](W).astype(np.float64)
+        rounded = {"bf16": bf16, "tf32": tf32}.get(self.precision, np.asarray)
+        return rounded(W).astype(np.float64)
 
     def exact_sums(self, v: np.ndarray, h: np.ndarray) -> np.ndarray:
         """dW, db, dc end to end."""
@@ -177,6 +178,47 @@ def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
     yield Work("CD-1 update", update,
                lambda: case.check_update(v.get(), h.get(), parameters.get(), velocity.get(),
                                          (drawn(up.shape, first), drawn(down.shape, second))))
+
+
+def by_exact(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
+    """Ours in exact mode: held to the bits of the NumPy twins, nothing less."""
+    from gpudbn import reference
+
+    n, m, B = case.n, case.m, case.B
+    exact, step = {"precision": "exact"}, {"rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
+    names = "v", "h", "parameters", "velocity", "sums"
+
+    def up(f: Any, v: Any, h: Any, p: Any, *_: Any) -> None:
+        f.half_step(h[:B], None, v[:B], case.split(p)[0], case.split(p)[2], **NEAR, site=SITES["h0"], **exact)
+
+    def down(f: Any, v: Any, h: Any, p: Any, *_: Any) -> None:
+        f.half_step(v[B:], None, h[:B], *case.split(p)[:2], transpose=True, **NEAR, site=SITES["v1"], **exact)
+
+    def add_up(f: Any, v: Any, h: Any, *others: Any) -> None:
+        f.cd_sums(*case.split(others[-1]), v, h, B, **exact)
+
+    def apply(f: Any, v: Any, h: Any, p: Any, u: Any, sums: Any) -> None:
+        f.cd_update(p, u, sums, n, m, v, h, B, **step, **exact)
+
+    def update(f: Any, v: Any, h: Any, p: Any, u: Any, sums: Any) -> None:
+        up(f, v, h, p)
+        down(f, v, h, p)
+        f.half_step(None, h[B:], v[B:], case.split(p)[0], case.split(p)[2], **exact)
+        apply(f, v, h, p, u, sums)
+
+    for what, call in {"half_step": up, "half_step, transposed": down, "cd_sums": add_up, "cd_update": apply,
+                       "CD-1 update": update}.items():
+        here = [a.copy() for a in (case.v, case.h, case.p, case.u, np.zeros_like(case.p))]
+        there = [xp.asarray(a) for a in here]
+
+        def same(call: Any = call, here: Any = here, there: Any = there) -> None:
+            call(reference, *here)
+            written = names[:-1] if call in (apply, update) else names  # those two have their sums in registers
+            for name, a, b in zip(written, here, there, strict=False):
+                if not np.array_equal(a, b.get()):
+                    raise ArithmeticError(f"{name}: must have the bits of the NumPy twin; got others")
+
+        yield Work(what, lambda call=call, there=there: call(launcher, *there), same)  # type: ignore[misc]
 
 
 def by_cupy(case: Case, xp: Any) -> Iterator[Work]:
@@ -380,7 +422,9 @@ class Results:
 def tile_of(launcher: Any, case: Case, what: str) -> str:
     """Which tiles the launcher chooses."""
     n, m, B, precision = case.n, case.m, case.B, case.precision
-    up, down, gradient = ("half_step", B, m, precision), ("half_step", B, n, precision), ("cd_update", n + 1, m + 1)
+    suffix = "_exact" if precision == "exact" else ""
+    up, down = (f"half_step{suffix}", B, m, precision), (f"half_step{suffix}", B, n, precision)
+    gradient = (f"cd_update{suffix}", n + 1, m + 1)
     units = {"half_step": [up], "half_step, transposed": [down], "cd_sums": [gradient], "cd_update": [gradient]}
     chosen = units.get(what) or [up, down, gradient]
     return ", ".join(launcher._choose(*unit)[0] for unit in chosen)
@@ -410,6 +454,7 @@ def run(results: Results, cases: list[tuple[int, int, int]], xp: Any, torch: Any
             other = copy.copy(launcher)
             vars(other).update(changed)
             contenders.append((by, other, cases_in[precision], by_kernels(cases_in[precision], xp, other)))
+        contenders.append(("kernels, exact", launcher, Case(*sizes, "exact"), by_exact(case, xp, launcher)))
         contenders.append(("CuPy", None, case, by_cupy(case, xp)))
         if torch is not None:
             contenders.append(("PyTorch", None, case, by_torch(case, torch, "cpu" if toy else "cuda")))

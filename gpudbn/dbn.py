@@ -75,7 +75,7 @@ class DBN:
         self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
 
     def set_precision(self, precision: str) -> None:
-        """The arithmetic of all layers, as in ``reference.half_step``; the classifier's stays float32."""
+        """The arithmetic of all layers, as in ``gpudbn.precision``; the classifier's stays float32."""
         self.about["precision"] = precision
         for rbm in self.layers:
             rbm.precision = precision

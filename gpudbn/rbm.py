@@ -44,7 +44,7 @@ class RBM:
     width : int
         How many they are.
     precision : str
-        Of half-steps and gradients, as in ``reference.half_step``.
+        Of half-steps, as in ``gpudbn.precision``; and of gradients, if it is ``exact``.
     """
 
     def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE) -> None:

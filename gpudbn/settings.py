@@ -127,9 +127,10 @@ class Settings:
 
     seed: int = option(1, "number behind every random draw", group="run", rule=SEED)
     device: str = option("auto", "where to compute", group="run", choices=("auto", "cpu", "gpu"))
-    precision: str = option("fp32", "arithmetic of the layers: fp32, or exact, whose sums are of integers, so that all "
-                            "GPUs and CPUs come to the same bits (fine-tuning stays fp32)", group="run",
-                            choices=("fp32", "exact"))
+    precision: str = option("fp32", "arithmetic of the layers: fp32; bf16x2, tf32 or bf16, which tensor cores multiply "
+                            "in half-steps; exact, whose sums are of integers, so that all GPUs and CPUs come to the "
+                            "same bits. Fine-tuning stays fp32", group="run",
+                            choices=("fp32", "bf16x2", "tf32", "bf16", "exact"))
     threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "
                                  "ranks)", group="run", rule=AT_LEAST_1, metavar="N")
     checkpoint_seconds: float = option(5.0, "a checkpoint is written at the end of an epoch if the last one is this "
@@ -160,8 +161,8 @@ class Settings:
         if self.n_fetch % self.n_push:
             raise UserError(f"--n-fetch: must be a multiple of --n-push {self.n_push}; got {self.n_fetch}")
         if self.precision == "exact" and (self.centring != "off" or self.sparsity_target is not None):
-            raise UserError("--precision: must be fp32 with --centring and --sparsity-target, whose units are no whole "
-                            "numbers; got exact")
+            raise UserError("--precision: must not be exact with --centring or --sparsity-target; got exact. Centred "
+                            "units are no whole numbers")
         if len(self.layers) > 255:
             raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
 

@@ -12,9 +12,10 @@ from gpudbn.dbn import DBN, load
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
 from gpudbn.mpi.alone import Alone
+from gpudbn.precision import PRECISIONS
 from gpudbn.pretrain import LayerPhase, Piece
 from gpudbn.rbm import RBM
-from gpudbn.settings import Settings
+from gpudbn.settings import FIELDS, Settings
 from gpudbn.shards import Shards
 from tests.cuda_on_cpu import runtime
 from tests.helpers import assert_notices
@@ -61,6 +62,14 @@ def test_a_whole_run_on_a_device_has_the_bits_of_numpy(processors, options):
         assert not {"half_step", "half_step_transposed", "cd_update", "cd_sums"} & set(device.launched)
         samples = there.dbn.sample(5, steps=20, seed=3).get()
     assert np.array_equal(samples, here.dbn.sample(5, steps=20, seed=3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [options for _, options in RUNS])
+def test_a_whole_run_on_a_gpu_has_the_bits_of_numpy(options):
+    import cupy
+
+    assert bits(run(cupy, **options)) == bits(run(np, **options))
 
 
 @needs_kernels
@@ -124,9 +133,13 @@ def test_it_learns_as_well_as_float32():
     assert abs(exactly.mean() - fp32.mean()) < 2 * fp32.std(ddof=1)
 
 
+def test_the_choices_are_the_precisions_there_are():
+    assert set(FIELDS["precision"].metadata["choices"]) == set(PRECISIONS)
+
+
 def test_centred_units_are_refused():
     for options in ({"centring": "data"}, {"sparsity_target": 0.1}):
-        with pytest.raises(UserError, match="--precision: must be fp32 with --centring and --sparsity-target"):
+        with pytest.raises(UserError, match="--precision: must not be exact with --centring or --sparsity-target"):
             small_settings(precision="exact", **options)
 
 

@@ -69,6 +69,17 @@ def test_with_a_fixed_order_one_two_and_four_replicas_end_a_whole_run_with_the_s
             assert np.array_equal(array, arrays[name]), name
 
 
+@pytest.mark.parametrize("options", [[], ["--k", 2, "--last-hidden", "sample", "--up", "mean"]])
+def test_in_exact_mode_replicas_pretrain_to_the_same_bits_in_any_order(options, tmp_path):
+    """One factor of each product is a sample: sums are of multiples of 2^-14, which float32 adds without rounding."""
+    models = []
+    for ranks in (0, 2, 3):
+        out = tmp_path / str(ranks)
+        train(ranks, *SMALL, *options, "--mode", "sync", "--precision", "exact", "--finetune-epochs", 0, "--out", out)
+        models.append((out / "model.safetensors").read_bytes())
+    assert models[0] == models[1] == models[2]
+
+
 def test_without_a_fixed_order_replicas_start_alike_and_learn_as_much(tmp_path):
     train(0, "--mode", "sync", "--out", tmp_path / "alone", "--plots", "off", "--finetune-epochs", 20)
     train(3, "--mode", "sync", "--out", tmp_path / "three", "--plots", "off", "--finetune-epochs", 20)
