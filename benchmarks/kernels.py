@@ -574,6 +574,11 @@ def main() -> int:
 
         results = Results(given.out, {"machine": environment(given.rehearse)})
         run(results, TOY if given.rehearse else CASES, cupy, torch, given.rehearse)
+
+        from benchmarks import persistent
+        from gpudbn import cuda
+
+        persistent.run(results, persistent.TOY if given.rehearse else persistent.CASES, cupy, cuda.gpu())
     return 1 if results.failed else 0
 
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn import exact
-from gpudbn.draws import normals, uniforms
+from gpudbn.draws import Purpose, normals, site, uniforms
 from gpudbn.precision import bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
 from gpudbn.scratch import PIECE, Scratch
 
-__all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "categorical", "cd_adagrad", "cd_sgd",
-           "cd_sums", "cd_update", "cd_update_wgmma", "centre", "cross_entropy", "dropout", "free_energy", "gather",
-           "gaussian", "half_step", "half_step_wgmma", "momentum_step", "normals", "note_not_finite", "offsets_step",
-           "sgd_step", "sigmoid", "sigmoid_backward", "squared_errors", "uniforms"]
+__all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "categorical", "cd_adagrad", "cd_run",
+           "cd_sgd", "cd_sums", "cd_update", "cd_update_wgmma", "centre", "cross_entropy", "dropout", "free_energy",
+           "gather", "gaussian", "half_step", "half_step_wgmma", "momentum_step", "normals", "note_not_finite",
+           "offsets_step", "sgd_step", "sigmoid", "sigmoid_backward", "squared_errors", "uniforms"]
 
 _scratch = Scratch()
 
@@ -483,6 +483,73 @@ def _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved, precisio
     weights = n * m
     dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
     cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, ones=ones, moved=moved, precision=precision)
+
+
+def as_half(p):
+    """p as float16 and as a multiple of 2^-16, so that sums of up to 256 of them are exact in float32.
+
+    Array of probabilities, float32 -> a new one: error at most 2^-11 p + 2^-17.
+    """
+    return (np.rint(p * np.float32(2**16)) * np.float32(2**-16)).astype(np.float16).astype(np.float32)
+
+
+def cd_run(parameters, velocity, v, n, m, *, batch, chains=None, k=1, last_hidden="mean", levels=None, seed, update,
+           layer=0, row=0, chain_row=0, rate, momentum, decay):
+    """A run of CD-k or PCD-k updates, one after the other: half-steps and ``cd_update``.
+
+    Parameters
+    ----------
+    parameters, velocity : arrays (n m + n + m,), float32
+        W, b, c end to end. Modified.
+    v : array (rows, n), float32
+        Visible units in [0, 1], minibatch after minibatch.
+    n, m : int
+        Visible and hidden units.
+    batch : int
+        Rows of a minibatch; the last one may be short.
+    chains : array (C, m), float32, or None
+        PCD: hidden states of the persistent chains, all of which go along with every minibatch. Modified.
+    k : int
+        Gibbs steps an update.
+    last_hidden : 'sample' or 'mean'
+        Hidden units after the last step. Means are rounded as ``as_half`` says. Hidden units of the data
+        and visible units of the steps are always samples.
+    levels : int, optional
+        v is rounded to multiples of 1 / levels: 1 for samples, 255 for greys of eight bits; not more.
+        None: as ``as_half`` says.
+    seed, update, layer, row, chain_row : int
+        Address of the draws of the first update, as in ``rbm.Contrast``: the number of the update, the layer,
+        the position of a minibatch's first row in its global batch, the number of the first chain.
+    rate, momentum, decay : float
+        As in ``momentum_step``.
+
+    Notes
+    -----
+    Hinton (2002); Tieleman, "Training restricted Boltzmann machines using approximations to the likelihood
+    gradient" (2008).
+    """
+    W, b, c = parameters[: n * m].reshape(n, m), parameters[n * m : n * m + n], parameters[n * m + n :]
+    gradient = np.empty_like(parameters)
+    purpose, first = (Purpose.CD, row) if chains is None else (Purpose.CHAIN, chain_row)
+    for number, lo in enumerate(range(0, len(v), batch)):
+        v0 = v[lo : lo + batch]
+        v0 = as_half(v0) if levels is None else np.rint(v0 * np.float32(levels)) / np.float32(levels)
+        rows, clock = len(v0), {"seed": seed, "update": update + number}
+        h0 = np.empty((rows, m), np.float32)
+        half_step(h0, None, v0, W, c, **clock, site=site(Purpose.CD, layer), row=row)
+        state = h0.copy() if chains is None else chains
+        vk, last = np.empty((len(state), n), np.float32), np.empty_like(state)
+        for step in range(k):
+            down, up = site(purpose, layer, 2 * step + 1), site(purpose, layer, 2 * step + 2)
+            half_step(vk, None, state, W, b, transpose=True, **clock, site=down, row=first)
+            half_step(state, None, vk, W, c, **clock, site=up, row=first)
+        if last_hidden == "mean":
+            half_step(None, last, vk, W, c)
+            last = as_half(last)
+        else:
+            last = state
+        cd_update(parameters, velocity, gradient, n, m, np.concatenate([v0, vk]), np.concatenate([h0, last]), rows,
+                  model_weight=1.0 if chains is None else rows / len(chains), rate=rate, momentum=momentum, decay=decay)
 
 
 def gather(out, data, order, *, first=0, scale=1.0, offset=None):

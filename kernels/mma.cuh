@@ -1,13 +1,14 @@
 // mma: the instructions that feed and use tensor cores, one function each, as inline PTX.
 //
-//     mma_bf16, mma_tf32, mma_s8         d (16, 8) += a (16, K) b (K, 8)          K = 16, 8, 32; see below
+//     mma_bf16, mma_f16, mma_tf32, mma_s8  d (16, 8) += a (16, K) b (K, 8)        K = 16, 16, 8, 32; see below
 //     ldmatrix, ldmatrix_trans           2 or 4 matrices of 8 x 8 16-bit values, from shared memory to fragments
 //     cp_async, .._commit, .._wait       from global to shared memory, past the registers and in the background
-//     bf16_pair, tf32                    float32, rounded
+//     bf16_pair, f16_pair, tf32          float32, rounded
 //     split_pair                         float32 = high + low, both bf16
+//     f16_product                        two float16 times two float16
 //
-// Fragments: a matrix lies in the registers of the 32 lanes of a warp. A 32-bit register holds E neighbours in k (bf16: 2,
-// the first in its low half; tf32: 1; s8: 4), so that K = 8 E. In lane 4 g + t:
+// Fragments: a matrix lies in the registers of the 32 lanes of a warp. A 32-bit register holds E neighbours in k (bf16, f16:
+// 2, the first in its low half; tf32: 1; s8: 4), so that K = 8 E. In lane 4 g + t:
 //
 //     a[i]    row g + 8 (i % 2),  k from E (t + 4 (i / 2)) on          i = 0..3
 //     b[i]    column g,           k from E (t + 4 i) on                i = 0, 1
@@ -24,6 +25,14 @@
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// float16 in, subnormal numbers too; float32 sums, in no order that is specified.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -100,6 +109,36 @@ __device__ __forceinline__ unsigned bf16_pair(float first, float second)
 {
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+// Both rounded to nearest, ties to even, subnormal numbers too; beyond 65504 infinite. The first in the low half.
+__device__ __forceinline__ unsigned f16_pair(float first, float second)
+{
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+// The values of an f16_pair.
+__device__ __forceinline__ float f16_first(unsigned pair)
+{
+    float x;
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(pair));
+    return x;
+}
+__device__ __forceinline__ float f16_second(unsigned pair)
+{
+    float x;
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+// The products of two pairs, rounded to nearest, ties to even.
+__device__ __forceinline__ unsigned f16_product(unsigned x, unsigned y)
+{
+    unsigned pair;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
     return pair;
 }
 

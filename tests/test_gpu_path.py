@@ -493,6 +493,43 @@ def test_large_layers_are_held_to_float64_before_they_are_timed(tmp_path, monkey
     assert {row["what"] for row in rows if row["by"].startswith("CuPy")} > {"half_step", "CD-1 update"}
 
 
+@pytest.mark.parametrize("fault", [None, "update + 1"])
+def test_runs_on_the_chip_are_held_to_numpy_before_they_are_timed(tmp_path, monkeypatch, fault):
+    from benchmarks import persistent
+    from gpudbn import cuda
+    from gpudbn.cuda import persistent as launches
+
+    monkeypatch.setattr(kernels, "repeats", 1)
+    monkeypatch.setattr(persistent, "UPDATES", 2)
+    results = kernels.Results(tmp_path / "kernels.json", {})
+    text = "last_mean, seed, update,"
+    with installed(processors=3), contextlib.ExitStack() as stack:
+        import cupy
+
+        if fault:
+            stack.enter_context(planted(launches, text, text.replace("update", fault)))
+        persistent.run(results, persistent.TOY, cupy, cuda.gpu())
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert len(rows) == (0 if fault else 4), results.content["failures"]
+    assert results.failed == (4 if fault else 0)
+
+
+def test_the_counts_of_a_run_on_the_chip():
+    """Of 784x500 and B = 100, by hand: 1 octet of units a block, 50 and 32 steps of inputs, 99 tiles of a gradient."""
+    from benchmarks import persistent
+
+    found = persistent.counts(784, 500, 100, last_hidden="sample")
+    instructions = 2 * 50 * 2 * 8 + 32 * 2 * 8 + 99 * 4 * 4
+    assert found["GFLOP issued"] == pytest.approx(instructions * 4096 * 132e-9)
+    assert found["GFLOP"] == pytest.approx(10 * 784 * 500 * 100e-9)
+    assert found["MB read"] == pytest.approx((784 * 4 + 500) * 16 * 132e-6 + (784 + 500) * 32e-6
+                                             + 4 * 784 * 500e-6)
+    assert found["barriers"] == 2
+    means = persistent.counts(784, 500, 100)
+    assert means["MB read"] - found["MB read"] == pytest.approx(500 * (208 - 16) * 1e-6)
+    assert "| 784x2000, 128 | mean | greys |" in persistent.table()
+
+
 def test_a_failing_step_is_told_and_does_not_stop_the_others(tmp_path):
     out = tmp_path / "results"
     done = rehearsal(out, GPUDBN_WHEELS=str(tmp_path / "none"))

@@ -20,7 +20,7 @@ FLOORS = """
     arrays exact precision settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
-    cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/turns cuda/wgmma data/checks
+    cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks
     cuda/layers
     cuda/__init__ data/files
     data/idx data/mnist

@@ -10,6 +10,7 @@
     exact.py       the tiles of exact mode for these
     wgmma.py       the same of a large layer, in bf16 on Hopper's tensor cores
     elementwise.py passes over flat arrays
+    persistent.py  many updates of a layer that fits on the chip
     rows.py        softmax groups, cross-entropy, free energy
     turns.py       rows in the order of an epoch, counters, numbers that are not finite
     offsets.py     centring and sparsity
@@ -22,15 +23,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from gpudbn.cuda import draws, elementwise, layers, offsets, rows, turns, wgmma
+from gpudbn.cuda import draws, elementwise, layers, offsets, persistent, rows, turns, wgmma
 from gpudbn.cuda.door import Unit
 
 UNITS: Mapping[str, Unit] = {**draws.UNITS, **elementwise.UNITS, **layers.UNITS, **offsets.UNITS, **rows.UNITS,
-                             **turns.UNITS, **wgmma.UNITS}
+                             **persistent.UNITS, **turns.UNITS, **wgmma.UNITS}
 KERNELS = list(dict.fromkeys(kernel for unit in UNITS.values() for kernel in unit.kernels))
 
 
-class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, offsets.Offsets, rows.RowByRow, turns.Turns,
+class Launcher(draws.Draws, elementwise.Elementwise, layers.Layers, offsets.Offsets, rows.RowByRow,
+               persistent.Persistent, turns.Turns,
                wgmma.Wgmma):
     """Every kernel. Parameters as of ``door.Door``."""
 

@@ -50,6 +50,7 @@
 #define __constant__ static
 #define __shared__ thread_local  // in a function thread_local implies static
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -569,6 +570,7 @@ template <class T> T atomicMin(T* at, std::type_identity_t<T> value)
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() {}
+[[noreturn]] inline void __trap() { cuda_on_cpu::fail("the kernel has stopped itself"); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __popc(unsigned x) { return std::popcount(x); }

@@ -85,6 +85,11 @@ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
     cuda_on_cpu::mma<uint16_t>(d, a, b, [](uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); }, {file, line});
 }
 
+inline void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], WHERE)
+{
+    cuda_on_cpu::mma<uint16_t>(d, a, b, [](uint16_t x) { return float(std::bit_cast<_Float16>(x)); }, {file, line});
+}
+
 inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], WHERE)
 {
     cuda_on_cpu::mma<uint32_t>(d, a, b, [](uint32_t x) { return std::bit_cast<float>(x & 0xFFFFE000u); }, {file, line});
@@ -134,6 +139,18 @@ inline unsigned bf16_pair(float first, float second)
         return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     };
     return rounded(first) | rounded(second) << 16;
+}
+
+inline unsigned f16_pair(float first, float second)
+{
+    auto rounded = [](float x) -> unsigned { return std::bit_cast<uint16_t>(_Float16(x)); };
+    return rounded(first) | rounded(second) << 16;
+}
+inline float f16_first(unsigned pair) { return float(std::bit_cast<_Float16>(uint16_t(pair))); }
+inline float f16_second(unsigned pair) { return float(std::bit_cast<_Float16>(uint16_t(pair >> 16))); }
+inline unsigned f16_product(unsigned x, unsigned y)
+{
+    return f16_pair(f16_first(x) * f16_first(y), f16_second(x) * f16_second(y));
 }
 
 inline unsigned tf32(float x) { return x != x ? 0x7FFFE000 : (std::bit_cast<unsigned>(x) + 0x1000) & 0xFFFFE000u; }

@@ -24,6 +24,7 @@ __device__ void one(Sum* d, const unsigned* a, const unsigned* b, Instruction mm
 }
 #define ONE(instruction) [](auto& d, auto& a, auto& b) { instruction(d, a, b); }
 extern "C" __global__ void bf16(float* d, const unsigned* a, const unsigned* b) { one(d, a, b, ONE(mma_bf16)); }
+extern "C" __global__ void f16(float* d, const unsigned* a, const unsigned* b) { one(d, a, b, ONE(mma_f16)); }
 extern "C" __global__ void tf32_(float* d, const unsigned* a, const unsigned* b) { one(d, a, b, ONE(mma_tf32)); }
 extern "C" __global__ void s8(int* d, const unsigned* a, const unsigned* b) { one(d, a, b, ONE(mma_s8)); }
 
@@ -114,6 +115,14 @@ extern "C" __global__ void rounded(unsigned* pair, unsigned* single, unsigned* h
         pair[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
         split_pair(x[2 * i], x[2 * i + 1], high[i], low[i]);
         for (int s = 0; s < 2; s++) single[2 * i + s] = tf32(x[2 * i + s]);
+    }
+}
+extern "C" __global__ void halves(unsigned* pair, float* back, unsigned* product, const float* x, int pairs)
+{
+    for (int i = threadIdx.x; i < pairs; i += 32) {
+        pair[i] = f16_pair(x[2 * i], x[2 * i + 1]);
+        back[2 * i] = f16_first(pair[i]), back[2 * i + 1] = f16_second(pair[i]);
+        product[i] = f16_product(pair[i], f16_pair(x[0], x[1]));
     }
 }
 """
@@ -220,11 +229,12 @@ def c_places(i):
     return np.where(i < 2, GROUP, GROUP + 8), THREAD * 2 + (i & 1)
 
 
+OF_16_BITS = (lambda i: (np.where((i < 2) | ((i >= 4) & (i < 6)), GROUP, GROUP + 8),
+                         THREAD * 2 + (i & 1) + np.where(i < 4, 0, 8)),
+              lambda i: (THREAD * 2 + (i & 1) + np.where(i < 2, 0, 8), GROUP + 0 * i))
 INSTRUCTIONS = {  # kernel: K, type of a value, places of a_i, places of b_i; i counts values, not registers
-    "bf16": (16, np.uint16,
-             lambda i: (np.where((i < 2) | ((i >= 4) & (i < 6)), GROUP, GROUP + 8),
-                        THREAD * 2 + (i & 1) + np.where(i < 4, 0, 8)),
-             lambda i: (THREAD * 2 + (i & 1) + np.where(i < 2, 0, 8), GROUP + 0 * i)),
+    "bf16": (16, np.uint16, *OF_16_BITS),
+    "f16": (16, np.float16, *OF_16_BITS),
     "tf32_": (8, np.float32,
               lambda i: (np.where((i == 0) | (i == 2), GROUP, GROUP + 8), np.where(i < 2, THREAD, THREAD + 4)),
               lambda i: (np.where(i == 0, THREAD, THREAD + 4), GROUP + 0 * i)),
@@ -252,6 +262,30 @@ def test_mma(launch, kernel):
     d = c[c_places(i)].astype(np.int32 if kernel == "s8" else np.float32)
     launch(kernel, d, registers(a, a_places, 4), registers(b, b_places, 2))
     assert np.array_equal(d, (a @ b + c)[c_places(i)])
+
+
+def test_float16(launch):
+    """Rounding as NumPy's, from subnormal numbers to infinity; products of two are rounded once."""
+    rng = np.random.default_rng(0)
+    x = np.ldexp(rng.choice([-1, 1], 4000) * (1 + rng.random(4000)), rng.integers(-28, 17, 4000))
+    ties = (rng.integers(1, 1 << 15, 500) * 2 + 1).astype(np.float64) * 2.0**-25  # between two neighbours
+    x = np.concatenate([[0.3, 2.0**-9], x, ties, -ties, [0, 65504, 65519, 65520, np.inf, -np.inf]]).astype(np.float32)
+    pair, back, product = np.zeros(len(x) // 2, np.uint32), np.zeros_like(x), np.zeros(len(x) // 2, np.uint32)
+    launch("halves", pair, back, product, x, np.int32(len(x) // 2))
+    with np.errstate(over="ignore"):
+        halves = x.astype(np.float16)
+        products = (halves.reshape(-1, 2) * halves[:2]).ravel()
+    assert np.array_equal(pair.view(np.float16), halves)
+    assert np.array_equal(back, halves.astype(np.float32))
+    assert np.array_equal(product.view(np.float16), products)
+
+
+def test_mma_of_float16_takes_subnormal_numbers(launch):
+    a = np.full((32, 4), 0x00010001, np.uint32)  # 2^-24
+    b = np.full((32, 2), 0x00030003, np.uint32)  # 3 2^-24
+    d = np.zeros((32, 4), np.float32)
+    launch("f16", d, a, b)
+    assert (d == 16 * 3 * 2.0**-48).all()
 
 
 def test_mma_of_tf32_ignores_the_lower_bits(launch):
