@@ -62,7 +62,25 @@ def why_no_gpu() -> str | None:
             return None
         return "CuPy sees no CUDA device"
     except Exception as error:  # CuPy raises many kinds where driver or libraries are missing
-        return f"CuPy cannot reach a CUDA device ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return _why_no_driver() or (
+            f"CuPy cannot reach a CUDA device ({(str(error).splitlines() or [type(error).__name__])[0]})")
+
+
+def _why_no_driver() -> str | None:
+    """One sentence if the driver is missing or too old for this CuPy, as far as CuPy can tell."""
+    try:
+        import cupy
+
+        driver, built_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    except Exception:  # as above
+        return None
+    if driver == 0:
+        return "there is no NVIDIA driver (a container must be started with --gpus all)"
+    if driver // 1000 < built_for // 1000:  # 13020 is 13.2
+        have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, built_for))
+        return (f"CuPy is for CUDA {want} and the driver supports {have} (update the driver, or install "
+                f"'gpudbn[cuda{driver // 1000}]')")
+    return None
 
 
 def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
@@ -90,6 +108,11 @@ def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
     if device == "gpu":
         raise UserError(f"--device: must be one that is there; got gpu, but {reason}. Use --device cpu or auto")
     return np, f"CPU (NumPy; {reason})"
+
+
+def free_memory(xp: Any) -> int:
+    """Bytes that are free on the current GPU, those that CuPy's pool holds unused among them."""
+    return xp.cuda.Device().mem_info[0] + xp.get_default_memory_pool().free_bytes()
 
 
 def all_finite(array: Array) -> bool:

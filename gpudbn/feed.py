@@ -22,6 +22,8 @@ from gpudbn.arrays import Array, is_gpu, module_of
 from gpudbn.data import Rows
 from gpudbn.twins import twins_of
 
+AT_ONCE = 1 << 26  # bytes of a buffer of streamed rows, unless one minibatch is more
+
 
 @dataclass(frozen=True)
 class Span:

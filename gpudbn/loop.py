@@ -26,20 +26,20 @@ from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
 from gpudbn.draws import Purpose, permutation, replica_row, site
 from gpudbn.errors import NonFiniteError, UserError
-from gpudbn.feed import Feed, Span, feed_of
+from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
+from gpudbn.paths import Case, Path, choose_path
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import new_chains
 from gpudbn.settings import Settings
 from gpudbn.tracing import span
-from gpudbn.twins import twins_of
+from gpudbn.twins import twins_of, without_kernels
 
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
 
 TURN = 50  # updates between two looks at the world, alone or synchronous
-AT_ONCE = 1 << 26  # bytes: a turn is shorter if rows are streamed and those of a turn are more than this
 PROBE = 2000  # rows on which a layer is measured
 MEASURED = 250  # rows at once: blocks of constant size, so that their sums do not depend on the number of replicas
 BLOCKS = 8  # --order fixed: pieces of a batch
@@ -99,6 +99,7 @@ class Training:
         if smallest < 1:
             raise UserError(f"--data: must have at least one training row a replica; got {len(data.train)} rows for "
                             f"{exchange.replicas} replicas. Start fewer ranks")
+        self.paths = [self._path(index) for index in range(self.phases)]  # of the phases
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -114,13 +115,16 @@ class Training:
         """
         while self.index < self.phases:
             with span(f"phase {self.index}"):
-                phase = self.phase = self._make_phase()
+                plain = self.paths[self.index].name == "unfused"
+                with without_kernels(plain):
+                    phase = self.phase = self._make_phase()
                 feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp,
                                self._turn(phase) * phase.batch)
                 self.graphs = self._make_graphs(phase, feed)
                 self.exchange.begin(phase.parameters)
                 while self.epoch < phase.epochs and not self._enough(phase):
-                    record = self._run_epoch(phase, feed)
+                    with without_kernels(plain):
+                        record = self._run_epoch(phase, feed)
                     if record is None:
                         return  # interrupted
                     yield record
@@ -128,7 +132,9 @@ class Training:
                 phase.parameters[...] = self.best_parameters
             self.index, self.epoch, self.phase = self.index + 1, 0, None
             self.best, self.best_parameters = {"value": None, "epoch": 0}, None
-        yield self._test()
+        with without_kernels(self.paths[-1].name == "unfused"):
+            record = self._test()
+        yield record
 
     def _enough(self, phase: Phase) -> bool:
         return bool(phase.patience) and self.epoch - self.best["epoch"] >= phase.patience and self.best["epoch"] > 0
@@ -198,7 +204,8 @@ class Training:
         self._look()
         self.epoch, self.position = self.epoch + 1, 0
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
-                  "epoch": self.epoch, "update": self.updates, **rates, **self._measure(phase)}
+                  "epoch": self.epoch, "update": self.updates, "path": str(self.paths[self.index]), **rates,
+                  **self._measure(phase)}
         self.seconds += time.perf_counter() - started
         self._remember(phase, record)
         return record | {"best_epoch": self.best["epoch"], "seconds": round(self.seconds, 3)}
@@ -220,9 +227,19 @@ class Training:
         for i in range(first, end):
             self._update(phase, feed, positions[i * batch : (i + 1) * batch])
 
+    def _path(self, index: int) -> Path:
+        """Which way the updates of a phase take."""
+        s, layer = self.settings, index < self.depth
+        host = ("--order fixed" if s.order == "fixed" else "other replicas" if self.exchange.cuts_batches else
+                "other shards" if self.dbn.shards.count > 1 else None)
+        batch = s.batch if layer else s.finetune_batch or s.batch
+        return choose_path(s.kernels, Case(
+            f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
+            host_between=host, updates=len(self._shard(self._set(index).train)) // batch))
+
     def _make_graphs(self, phase: Phase, feed: Feed) -> Graphs | None:
-        """What repeats turns, where an update is kernels of ours from beginning to end."""
-        if self.dbn.xp is np or phase.layer is None or self.settings.order == "fixed" or self.exchange.cuts_batches:
+        """What repeats turns, if this phase's path is that."""
+        if self.paths[self.index].name != "graph":
             return None
 
         def launch(count: int, clock: Array, turn: Array) -> None:

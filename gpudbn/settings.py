@@ -131,6 +131,11 @@ class Settings:
                             "in half-steps; exact, whose sums are of integers, so that all GPUs and CPUs come to the "
                             "same bits. Fine-tuning stays fp32", group="run",
                             choices=("fp32", "bf16x2", "tf32", "bf16", "exact"))
+    kernels: str = option("auto", "how updates run on a GPU: graph (kernels in CUDA graphs), fused (kernels one by "
+                          "one), unfused (CuPy and cuBLAS, to compare with), or the first that can be", group="run",
+                          choices=("auto", "graph", "fused", "unfused"))
+    resident: str = option("auto", "training rows in the GPU's memory: yes, no (they stream from the host), or yes if "
+                           "there is room", group="run", choices=("auto", "yes", "no"))
     threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "
                                  "ranks)", group="run", rule=AT_LEAST_1, metavar="N")
     checkpoint_seconds: float = option(5.0, "a checkpoint is written at the end of an epoch if the last one is this "
@@ -193,7 +198,7 @@ RUN_OPTIONS = {
     "config": ("FILE", "settings from a TOML file, by the same names; the command line goes before it"),
 }
 # what may differ when a run is resumed: none of it changes what is computed
-RESUMABLE = ("device", "threads", "plots", "checkpoint_seconds")
+RESUMABLE = ("device", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
 
 
 def flag(name: str) -> str:

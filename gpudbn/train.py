@@ -122,6 +122,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     from gpudbn.arrays import choose_module
     from gpudbn.dbn import DBN
     from gpudbn.loop import Training
+    from gpudbn.memory import settle
     from gpudbn.runs import Run
 
     def together(action: Any) -> Any:
@@ -138,8 +139,9 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     dbn = DBN([data.train.n, *settings.layers], xp)
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
     show = _Show(settings, exchange)
-    training = together(lambda: Training(dbn, data.to(xp), settings, exchange, progress=show.progress,
-                                         labelled=labelled.to(xp) if labelled else None))
+    rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp))
+    training = together(lambda: Training(dbn, rows, settings, exchange, progress=show.progress,
+                                         labelled=labelled_rows))
     run: Run | None = None
     if resume:
         folder = together(lambda: Run.open(resume))
@@ -151,7 +153,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     else:
         path = out or Run.default_path(settings.data)
         run = together(lambda: Run.create(path, settings.to_toml()) if exchange.chief else None)
-    show.beginning(dbn, data, labelled, place, run)
+    show.beginning(dbn, data, labelled, f"{place}; {where}" if where else place, run)
 
     if exchange.replicas == 1:
         _interruptible(training)
@@ -221,7 +223,7 @@ class _Show:
         # Open MPI gives each rank a terminal of its own, whatever its output goes to
         self.bar = exchange.chief and sys.stdout.isatty() and world is None
         self.launch = (f"mpirun -n {world.size} " if world else "") + "python -m gpudbn.train"
-        self.label, self.drawn = "", 0.0
+        self.label, self.what, self.drawn = "", "", 0.0
 
     def say(self, text: str = "") -> None:
         if self.exchange.chief:
@@ -253,6 +255,10 @@ class _Show:
             return " | ".join(format(v, form) for v in values if v is not None)
 
         s = self.settings
+        what = f"layer {r['layer']}  " if "layer" in r else r["phase"]
+        if what != self.what and r.get("path") and not r["path"].startswith("numpy"):
+            self.say(f"{what}  updates by path {r['path']}")
+        self.what = what
         if r["phase"] == "pretrain":
             of = s.of_layer("epochs", r["layer"] - 1)
             self.label = f"layer {r['layer']}"

@@ -30,6 +30,7 @@ import importlib.machinery
 import inspect
 import sys
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -44,6 +45,9 @@ class Device:
     """What the pretended device was asked for."""
 
     processors: int = 1  # multiprocessors: 1 makes the launcher choose large tiles, 10**9 small ones
+    memory: int = 1 << 34  # bytes
+    held: int = 0  # bytes of the arrays that there are
+    most_held: int = 0
     copied: list[tuple[str, np.dtype, int]] = field(default_factory=list)  # direction, dtype, entries
     waited: int = 0  # times that the host waited for a number
     synchronised: int = 0  # times that it waited for the stream
@@ -57,6 +61,15 @@ class Device:
     def __post_init__(self) -> None:
         self.main = Stream()
         self.streams = [self.main]  # the last is the current one
+
+    def holds(self, memory: np.ndarray) -> None:
+        """Count these bytes as long as they are there."""
+        self.held += memory.nbytes
+        self.most_held = max(self.most_held, self.held)
+        weakref.finalize(memory, self.gone, memory.nbytes)
+
+    def gone(self, size: int) -> None:
+        self.held -= size
 
     @property
     def stream(self) -> Stream:
@@ -180,6 +193,8 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def __init__(self, memory: np.ndarray) -> None:
         self._memory = memory
+        if memory.base is None:
+            device.holds(memory)
 
     # -- what CuPy refuses ------------------------------------------------------------------------
 
@@ -490,6 +505,11 @@ def zeros(shape, dtype=float, order="C"):
     return ndarray(np.zeros(shape, dtype, order))
 
 
+def ones(shape, dtype=float, order="C"):
+    device.work()
+    return ndarray(np.ones(shape, dtype, order))
+
+
 def full(shape, fill_value, dtype=None, order="C"):
     device.work()
     return ndarray(np.full(shape, _memory(fill_value), dtype, order))
@@ -524,6 +544,10 @@ def clip(a, a_min, a_max, out=None):
 def tile(A, reps):
     device.work()
     return ndarray(np.tile(_array(A)._memory, reps))
+
+
+def get_default_memory_pool():
+    return SimpleNamespace(free_bytes=lambda: 0)
 
 
 def sum(a, axis=None, dtype=None, out=None, keepdims=False):  # noqa: A001 - CuPy's name
@@ -567,6 +591,9 @@ class _Device:
         return {"MultiProcessorCount": device.processors, "MaxSharedMemoryPerBlockOptin": 227 << 10}
 
     compute_capability = "80"
+    @property
+    def mem_info(self):
+        return device.memory - device.held, device.memory
 
     def use(self):
         """There is no other."""
@@ -590,8 +617,8 @@ cuda = SimpleNamespace(runtime=runtime, Device=_Device, Stream=Stream, Event=Eve
 
 random = SimpleNamespace(random=lambda size, dtype: ndarray(np.random.default_rng().random(size, dtype)))
 
-FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "copyto", "empty", "empty_like", "full", "matmul", "sum",
-             "tile", "zeros", "zeros_like")
+FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "copyto", "empty", "empty_like", "full",
+             "get_default_memory_pool", "matmul", "ones", "sum", "tile", "zeros", "zeros_like")
 _operators()
 
 

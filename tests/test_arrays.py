@@ -112,6 +112,23 @@ def test_an_error_without_words_is_a_reason_too(cupy):
     assert arrays.why_no_gpu().startswith("CuPy cannot reach a CUDA device")
 
 
+@pytest.mark.parametrize(("driver", "built_for", "reason"), [
+    (0, 13020, "there is no NVIDIA driver (a container must be started with --gpus all)"),
+    (12080, 13020, ("CuPy is for CUDA 13.2 and the driver supports 12.8 (update the driver, or install "
+                    "'gpudbn[cuda12]')")),
+    (13000, 13020, "CuPy cannot reach a CUDA device (no)"),  # within a major version all is well: it is something else
+])
+def test_a_driver_that_is_missing_or_too_old_is_the_reason(cupy, driver, built_for, reason):
+    def fail():
+        raise RuntimeError("no")
+
+    cupy.cuda.runtime.getDeviceCount = fail
+    cupy.cuda.runtime.driverGetVersion, cupy.cuda.runtime.runtimeGetVersion = lambda: driver, lambda: built_for
+    assert arrays.why_no_gpu() == reason
+    with pytest.raises(UserError, match="--device: must be one that is there; got gpu, but "):
+        arrays.choose_module("gpu")
+
+
 def check_finite():
     x = np.ones((7, 5), np.float32)
     assert arrays.all_finite(x)

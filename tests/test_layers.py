@@ -17,7 +17,7 @@ import gpudbn
 
 FLOORS = """
     errors draws scratch tracing mpi/launch
-    arrays exact precision settings
+    arrays exact paths precision settings
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks
@@ -25,11 +25,12 @@ FLOORS = """
     cuda/__init__ data/files
     data/idx data/mnist
     data/__init__
+    unfused
     twins
     offsets optimiser rbm feed graphs mpi/server mpi/collective
     mpi/replica
     mpi/__init__
-    dbn
+    dbn memory
     pretrain
     finetune
     loop runs plots

@@ -1,0 +1,105 @@
+"""What a run needs of a GPU's memory, and whether the training rows have room beside it.
+
+    data, labelled, place = settle(settings, data, labelled, xp)
+
+Sizes are counted as the phases allocate (``pretrain.LayerPhase``, ``finetune.FinetunePhase``), not measured: a
+run that does not fit is refused before it starts, with the sizes by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import numpy as np
+
+from gpudbn.arrays import free_memory
+from gpudbn.data import DataSet
+from gpudbn.errors import UserError
+from gpudbn.feed import AT_ONCE
+from gpudbn.settings import Settings
+
+FLOAT = 4
+RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
+MEASURED = 250  # rows that are measured at once
+
+
+def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str, int]:
+    """Bytes by what they are for, at the phase that needs most. ``sizes`` are the data's columns, then ``--layers``."""
+    s, depth = settings, len(sizes) - 1
+    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
+    kept = FLOAT * sum(layers)
+    pieces = 8 if s.order == "fixed" else 1  # of a batch, each with a gradient of its own
+    phases = []
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+        chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
+        vectors = 4 if pieces == 1 else pieces + 3  # two more while initial weights are made
+        phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
+                       "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
+                       "chains": FLOAT * chains})
+    if s.finetune_epochs and classes:
+        widths = [*sizes, classes]
+        network = sum(n * m + m for n, m in itertools.pairwise(widths))
+        vectors = 2 + (2 if s.optimiser == "adam" else 1) + (1 if pieces == 1 else pieces + 1)
+        rows = -(-(s.finetune_batch or s.batch) // pieces)
+        phases.append({"parameters": kept + FLOAT * network, "velocity and gradients": FLOAT * vectors * network,
+                       "activations": FLOAT * rows * 3 * sum(widths), "chains": 0})
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    largest["measuring"] = FLOAT * MEASURED * 3 * (sizes[0] + max(sizes[depth - 1 :]))
+    return largest
+
+
+def data_bytes(data: DataSet) -> int:
+    """Bytes of all rows where they are resident: rows as they are kept, labels, and the order of an epoch."""
+    total = 8 * len(data.train)
+    for rows in (data.train, data.validation, data.test):
+        total += len(rows) * (rows.n * rows.kept.itemsize + (0 if rows.labels is None else rows.labels.itemsize))
+    return total
+
+
+def settle(settings: Settings, data: DataSet, labelled: DataSet | None, xp: ModuleType,
+           free: int | None = None) -> tuple[DataSet, DataSet | None, str]:
+    """The data where the run wants them, and a word for the log: empty on a CPU.
+
+    Parameters
+    ----------
+    data, labelled : DataSet
+        In the host's memory or on its disk; ``labelled`` for fine-tuning, if it has data of its own.
+    xp : module
+        Where the model will be.
+    free : int, optional
+        Bytes that are free on the current GPU; asked of it if not given.
+
+    Raises
+    ------
+    UserError
+        If there is too little memory: for the model, or, with ``--resident yes``, for the rows beside it.
+    """
+    if xp is np:
+        return data, labelled, ""
+    free = free_memory(xp) if free is None else free
+    parts = model_bytes(settings, [data.n, *settings.layers], (labelled or data).classes)
+    sets = [data] + ([labelled] if labelled is not None else [])
+    rows = sum(map(data_bytes, sets))
+    batch = max(settings.batch, settings.finetune_batch or 0)
+    buffers = 2 * max(max(AT_ONCE, batch * part.n * part.train.kept.itemsize) for part in sets)
+    needed = sum(parts.values()) + RESERVE
+    named = ", ".join(f"{name} {_bytes(size)}" for name, size in {**parts, "reserve": RESERVE}.items() if size)
+    if needed + min(rows, buffers) > free:
+        raise UserError(f"--device: must have memory for the model; got {_bytes(free)} free for "
+                        f"{_bytes(needed + min(rows, buffers))} ({named}, rows {_bytes(min(rows, buffers))}). "
+                        "Take smaller --layers or --batch, or --device cpu")
+    if settings.resident == "yes" and needed + rows > free:
+        raise UserError(f"--resident: must be auto or no where the rows do not fit; got yes, and {_bytes(free)} free "
+                        f"for {_bytes(needed + rows)} ({named}, data {_bytes(rows)})")
+    if settings.resident == "no" or needed + rows > free:
+        return data, labelled, f"rows ({_bytes(rows)}) stream from the host"
+    return data.to(xp), None if labelled is None else labelled.to(xp), f"rows ({_bytes(rows)}) resident"
+
+
+def _bytes(count: int) -> str:
+    """A size as people write it: 3.2 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,102 @@
+"""Which way the updates of a phase take: the rule, in one table, and its reasons.
+
+    numpy       on a CPU
+    unfused     CuPy's operations and cuBLAS, one launch each: for comparison
+    fused       kernels of ours, launched one by one
+    graph       the same launches, repeated as a CUDA graph of a whole turn
+
+``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken.
+
+The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
+launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
+140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products take hundreds of microseconds the
+paths with kernels do not differ, and a graph costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpudbn.errors import UserError
+
+ORDER = ("graph", "fused")  # of auto, on a GPU
+CHOICES = ("auto", "graph", "fused", "unfused")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the choice depends on.
+
+    Attributes
+    ----------
+    what : str
+        For messages: ``layer 2``, ``fine-tuning``.
+    gpu : bool
+    finetune : bool
+        The products of fine-tuning are cuBLAS's, which CUDA graphs refuse.
+    host_between : str or None
+        Who has to act between the launches of an update: ``other replicas``, ``--order fixed``.
+    updates : int
+        Equal updates of an epoch: those of full batches.
+    """
+
+    what: str
+    gpu: bool = True
+    finetune: bool = False
+    host_between: str | None = None
+    updates: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way for updates to take, and why it is taken."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+def _against(name: str, case: Case) -> str | None:
+    """Why a path cannot be taken, or None."""
+    if name != "graph":
+        return None
+    if case.finetune:
+        return "its products are cuBLAS's, which a CUDA graph cannot hold"
+    if case.host_between:
+        return f"{case.host_between} must act within each update"
+    if case.updates < 2:
+        return f"an epoch has {case.updates} full batches, and nothing repeats"
+    return None
+
+
+def choose_path(asked: str, case: Case) -> Path:
+    """The path for a phase.
+
+    Parameters
+    ----------
+    asked : str
+        ``--kernels``: auto, or the name of a path. ``graph`` means: wherever it can be.
+    case : Case
+
+    Raises
+    ------
+    UserError
+        If the path that is asked for needs a GPU and there is none, or cannot be taken by a layer.
+    """
+    if not case.gpu:
+        if asked != "auto":
+            raise UserError(f"--kernels: must be auto without a GPU; got {asked}")
+        return Path("numpy", "no GPU")
+    if asked == "auto":
+        against = {name: _against(name, case) for name in ORDER}
+        name = next(name for name in ORDER if against[name] is None)
+        passed = "; ".join(f"no {other}: {against[other]}" for other in ORDER[: ORDER.index(name)])
+        return Path(name, passed or "the first choice")
+    reason = _against(asked, case)
+    if reason is None:
+        return Path(asked, "--kernels")
+    if case.finetune:
+        return Path("fused", f"no {asked}: {reason}")
+    raise UserError(f"--kernels: must be a path that {case.what} can take; got {asked}, but {reason}. Use auto")

@@ -1,0 +1,146 @@
+"""The rule that chooses a path, as a table; the path without kernels against the one with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn import loop, unfused
+from gpudbn.dbn import DBN
+from gpudbn.errors import UserError
+from gpudbn.loop import Training
+from gpudbn.mpi.alone import Alone
+from gpudbn.paths import CHOICES, Case, choose_path
+from gpudbn.settings import FIELDS
+from gpudbn.twins import twins_of, without_kernels
+from gpudbn.unfused import Unfused
+from tests.cuda_on_cpu import runtime
+from tests.helpers import assert_close, planted
+from tests.pretend_cupy import installed
+from tests.test_gpu_path import OPTIONS, TOLERANCE, finished, on_device, strong
+from tests.test_loop import Slice, small_data, small_settings
+
+ON_CPU = Case("layer 1", gpu=False)
+LAYER = Case("layer 1", updates=600)
+SLICED = Case("layer 2", host_between="other replicas")
+FIXED = Case("layer 1", host_between="--order fixed")
+SMALL = Case("layer 1", updates=1)
+FINETUNE = Case("fine-tuning", finetune=True)
+
+
+@pytest.mark.parametrize(("asked", "case", "name", "why"), [
+    ("auto", ON_CPU, "numpy", "no GPU"),
+    ("auto", LAYER, "graph", "the first choice"),
+    ("auto", SLICED, "fused", "no graph: other replicas must act within each update"),
+    ("auto", FIXED, "fused", "no graph: --order fixed must act within each update"),
+    ("auto", SMALL, "fused", "no graph: an epoch has 1 full batches, and nothing repeats"),
+    ("auto", FINETUNE, "fused", "no graph: its products are cuBLAS's, which a CUDA graph cannot hold"),
+    ("graph", LAYER, "graph", "--kernels"),
+    ("graph", FINETUNE, "fused", "no graph: its products are cuBLAS's, which a CUDA graph cannot hold"),
+    ("fused", LAYER, "fused", "--kernels"),
+    ("fused", SLICED, "fused", "--kernels"),
+    ("unfused", LAYER, "unfused", "--kernels"),
+    ("unfused", FINETUNE, "unfused", "--kernels"),
+])
+def test_the_rule(asked, case, name, why):
+    path = choose_path(asked, case)
+    assert (path.name, path.why) == (name, why)
+    assert str(path) == f"{name} ({why})"
+
+
+@pytest.mark.parametrize(("asked", "case", "message"), [
+    ("graph", ON_CPU, "--kernels: must be auto without a GPU; got graph"),
+    ("unfused", ON_CPU, "--kernels: must be auto without a GPU; got unfused"),
+    ("graph", SLICED, "must be a path that layer 2 can take; got graph, but other replicas must act within each"),
+    ("graph", SMALL, "got graph, but an epoch has 1 full batches, and nothing repeats. Use auto"),
+])
+def test_what_is_asked_for_and_cannot_be_is_refused(asked, case, message):
+    with pytest.raises(UserError) as caught:
+        choose_path(asked, case)
+    assert message in str(caught.value)
+
+
+def test_the_setting_has_these_choices():
+    assert FIELDS["kernels"].metadata["choices"] == CHOICES
+
+
+def paths(xp, exchange=None, **options):
+    data, settings = small_data(), small_settings(**options)
+    return [path.name for path in
+            Training(DBN([data.n, *settings.layers], xp), data, settings, exchange or Alone()).paths]
+
+
+def test_a_run_tells_the_case_as_it_is():
+    assert paths(np) == ["numpy"] * 3
+    with installed():
+        import cupy
+
+        assert paths(cupy) == ["graph", "graph", "fused"]
+        assert paths(cupy, order="fixed") == ["fused"] * 3
+        assert paths(cupy, Slice(1, 2)) == ["fused"] * 3
+        assert paths(cupy, kernels="unfused") == ["unfused"] * 3
+        assert paths(cupy, kernels="fused") == ["fused"] * 3
+        assert paths(cupy, batch=26) == ["fused"] * 3, "51 rows are one full batch"
+        assert paths(cupy, finetune_epochs=0) == ["graph", "graph"]
+        with pytest.raises(UserError, match="but --order fixed must act within each update"):
+            paths(cupy, order="fixed", kernels="graph")
+    with pytest.raises(UserError, match="--kernels: must be auto without a GPU; got graph"):
+        paths(np, kernels="graph")
+
+
+# ------------------------------------------------------------------------------------------- without kernels
+
+NO_KERNELS = pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
+KERNELS = {"half_step", "half_step_transposed", "cd_sums", "cd_update", "momentum_step", "bernoulli", "sigmoid"}
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
+    with installed():
+        expected = finished(on_device(strong(**options)))[0].dbn.arrays()
+    with installed() as device:
+        run, records = finished(on_device(strong(**options, kernels="unfused")))
+        found = run.dbn.arrays()
+        assert not KERNELS & set(device.launched)
+        assert device.graphs == 0
+    for name, array in expected.items():
+        assert_close(found[name], array, atol=TOLERANCE)
+    assert {record["path"] for record in records[:-1]} == {"unfused (--kernels)"}
+
+
+@NO_KERNELS
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (unfused, "signs[rows:] = -model_weight", "signs[rows:] = -1.01 * model_weight"),
+    (unfused, "np.float32(rate * scale)", "np.float32(rate)"),
+    (unfused, "velocity[:weights] -=", "velocity[:weights] +="),
+    (unfused, "W.T if transpose else W", "W.T if transpose else -W"),
+    (unfused, "return xp.less(u, mean, out=sample)", "return xp.less_equal(mean, u, out=sample)"),
+    (loop, "with without_kernels(plain):\n                        record",
+     "with without_kernels(False):\n                        record"),
+])
+def test_other_formulas_are_noticed(module, line, fault):
+    with pytest.raises(AssertionError), planted(module, line, fault):
+        test_a_run_without_kernels_ends_where_one_with_them_ends({"method": "pcd", "batch": 7, "epochs": 1})
+
+
+def test_what_unfused_formulas_do_not_do_is_refused():
+    of = Unfused(None)
+    x = np.zeros((3, 3), np.float32)
+    with pytest.raises(ValueError, match="half_step: precision must be fp32 without kernels; got exact"):
+        of.half_step(None, x, x, x, x[0], precision="exact")
+    with pytest.raises(ValueError, match="momentum_step: rates must be None without kernels; got an array"):
+        of.momentum_step(x[0], x[0], x[0], weights=1, scale=1, rate=1, momentum=0, decay=0, rates=x[0])
+
+
+def test_kernels_come_back_after_them():
+    with installed():
+        import cupy
+
+        x = cupy.zeros(3, np.float32)
+        with without_kernels():
+            assert type(twins_of(x)) is Unfused
+            with without_kernels(False):
+                assert type(twins_of(x)) is not Unfused
+            assert twins_of(np.zeros(3)).__name__ == "gpudbn.reference"
+        assert type(twins_of(x)) is not Unfused
