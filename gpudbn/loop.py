@@ -235,7 +235,8 @@ class Training:
         batch = s.batch if layer else s.finetune_batch or s.batch
         return choose_path(s.kernels, Case(
             f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
-            host_between=host, updates=len(self._shard(self._set(index).train)) // batch))
+            host_between=host, updates=len(self._shard(self._set(index).train)) // batch,
+            precision=s.precision if layer else "fp32"))
 
     def _make_graphs(self, phase: Phase, feed: Feed) -> Graphs | None:
         """What repeats turns, if this phase's path is that."""

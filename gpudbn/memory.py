@@ -45,7 +45,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
         phases.append({"parameters": kept + FLOAT * network, "velocity and gradients": FLOAT * vectors * network,
                        "activations": FLOAT * rows * 3 * sum(widths), "chains": 0})
     largest = max(phases, key=lambda phase: sum(phase.values()))
-    largest["measuring"] = FLOAT * MEASURED * 3 * (sizes[0] + max(sizes[depth - 1 :]))
+    largest["measuring"] = FLOAT * MEASURED * 2 * (sizes[0] + max(sizes[depth - 1 :]))
     return largest
 
 

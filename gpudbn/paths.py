@@ -38,6 +38,8 @@ class Case:
         Who has to act between the launches of an update: ``other replicas``, ``--order fixed``.
     updates : int
         Equal updates of an epoch: those of full batches.
+    precision : str
+        CuPy's operations have float32 alone.
     """
 
     what: str
@@ -45,6 +47,7 @@ class Case:
     finetune: bool = False
     host_between: str | None = None
     updates: int = 1 << 20
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Path:
 
 def _against(name: str, case: Case) -> str | None:
     """Why a path cannot be taken, or None."""
+    if name == "unfused" and case.precision != "fp32":
+        return f"--precision {case.precision} is kernels'"
     if name != "graph":
         return None
     if case.finetune:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import module_of
+from gpudbn.precision import check_precision
 
 
 class Unfused:
@@ -27,8 +28,9 @@ class Unfused:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.launcher, name)
 
-    def sigmoid(self, x):
-        """See ``reference.sigmoid``."""
+    def sigmoid(self, x, *, precision="fp32"):
+        """See ``reference.sigmoid``; in float32 alone."""
+        check_precision("sigmoid", precision, ("fp32",))
         xp, half = module_of(x), np.float32(0.5)
         xp.multiply(x, half, out=x)
         xp.tanh(x, out=x)
@@ -52,21 +54,27 @@ class Unfused:
 
     def half_step(self, sample, mean, x, W, bias, *, transpose=False, precision="fp32", **address):
         """See ``reference.half_step``; in float32 alone."""
-        _only_float32("half_step", precision)
+        check_precision("half_step", precision, ("fp32",))
         out = sample if mean is None else mean
         module_of(out, x, W).matmul(x, W.T if transpose else W, out=out)
         self.activate(sample, mean, out, bias, **address)
 
-    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, precision="fp32"):
+    def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, precision="fp32"):
         """See ``reference.cd_sums``; in float32 alone."""
-        _only_float32("cd_sums", precision)
+        check_precision("cd_sums", precision, ("fp32",))
         xp = module_of(dW, db, dc, v, h)
         signs = xp.ones(len(v), np.float32)
         signs[rows:] = -model_weight
         signed = h * signs[:, None]
         xp.matmul(v.T, signed, out=dW)
-        db[...] = signs @ v
-        dc[...] = signed.sum(axis=0)
+        (K, n), (to_b, to_c) = v.shape, (signs, xp.ones(len(v), np.float32))
+        if ones is not None:
+            to_b, to_c = signs * ones[:K], ones[K:]
+        db[...] = to_b @ v
+        dc[...] = to_c @ signed
+        if moved is not None:
+            moved[:n] = v[:rows].sum(axis=0)
+            moved[n:] = h[:rows].sum(axis=0)
 
     def momentum_step(self, parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):
         """See ``reference.momentum_step``; ``rates`` cannot be given."""
@@ -78,16 +86,11 @@ class Unfused:
             velocity[:weights] -= parameters[:weights] * np.float32(rate * decay)
         parameters += velocity
 
-    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, rate, momentum, decay,
-                  rates=None, precision="fp32"):
+    def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
+                  rate, momentum, decay, rates=None, precision="fp32"):
         """See ``reference.cd_update``; in float32 alone, and ``rates`` cannot be given."""
         weights = n * m
         dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
-        self.cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, precision=precision)
+        self.cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, ones=ones, moved=moved, precision=precision)
         self.momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate,
                            momentum=momentum, decay=decay, rates=rates)
-
-
-def _only_float32(function: str, precision: str) -> None:
-    if precision != "fp32":
-        raise ValueError(f"{function}: precision must be fp32 without kernels; got {precision}")

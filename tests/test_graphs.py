@@ -23,6 +23,8 @@ OPTIONS = [
     {"data_hidden": "mean", "binarise": "stochastic", "reconstruction": "mean"},
     {"method": "pcd", "k": 2, "binarise": "threshold", "batch": 7},
     {"method": "pcd", "k": 3, "data_hidden": "mean", "last_hidden": "sample", "momentum": (0.3, 0.8)},
+    {"centring": "data", "sparsity_target": 0.1},
+    {"precision": "exact"},
 ]
 
 
@@ -84,7 +86,7 @@ FAULTS = [
     (graphs, "key = count, side", "key = side", {}),  # the graph of a turn of another length
     (loop, "piece._replace(update=update, clock=clock)", "piece._replace(update=0, clock=clock)", {}),
     (loop, "Span(update * phase.batch, phase.batch, turn)", "Span(0, phase.batch, turn)", {}),
-    (pretrain, "rates=None if piece.clock is None else self.rates)", "rates=None)", {}),  # those of the first epoch
+    (pretrain, "rates=None if piece.clock is None else self.rates,", "rates=None,", {}),  # those of the first epoch
     (pretrain, "self.rate * (1 / self.batch), self.momentum", "self.rate, self.momentum", {}),
     (pretrain, "chain_row=piece.chain_row, clock=piece.clock)", "chain_row=piece.chain_row)", {}),
     (pretrain, "\"row\": piece.row, \"clock\": piece.clock}", "\"row\": piece.row}", {"binarise": "stochastic"}),

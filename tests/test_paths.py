@@ -25,6 +25,7 @@ LAYER = Case("layer 1", updates=600)
 SLICED = Case("layer 2", host_between="other replicas")
 FIXED = Case("layer 1", host_between="--order fixed")
 SMALL = Case("layer 1", updates=1)
+EXACT = Case("layer 1", precision="exact")
 FINETUNE = Case("fine-tuning", finetune=True)
 
 
@@ -41,6 +42,7 @@ FINETUNE = Case("fine-tuning", finetune=True)
     ("fused", SLICED, "fused", "--kernels"),
     ("unfused", LAYER, "unfused", "--kernels"),
     ("unfused", FINETUNE, "unfused", "--kernels"),
+    ("auto", EXACT, "graph", "the first choice"),
 ])
 def test_the_rule(asked, case, name, why):
     path = choose_path(asked, case)
@@ -52,6 +54,7 @@ def test_the_rule(asked, case, name, why):
     ("graph", ON_CPU, "--kernels: must be auto without a GPU; got graph"),
     ("unfused", ON_CPU, "--kernels: must be auto without a GPU; got unfused"),
     ("graph", SLICED, "must be a path that layer 2 can take; got graph, but other replicas must act within each"),
+    ("unfused", EXACT, "must be a path that layer 1 can take; got unfused, but --precision exact is kernels'"),
     ("graph", SMALL, "got graph, but an epoch has 1 full batches, and nothing repeats. Use auto"),
 ])
 def test_what_is_asked_for_and_cannot_be_is_refused(asked, case, message):
@@ -95,7 +98,8 @@ KERNELS = {"half_step", "half_step_transposed", "cd_sums", "cd_update", "momentu
 
 
 @NO_KERNELS
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*(options for options in OPTIONS if "precision" not in options),
+                                     {"centring": "data", "sparsity_target": 0.1, "learning_rate": 0.1}])
 def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
     with installed():
         expected = finished(on_device(strong(**options)))[0].dbn.arrays()
@@ -127,7 +131,7 @@ def test_other_formulas_are_noticed(module, line, fault):
 def test_what_unfused_formulas_do_not_do_is_refused():
     of = Unfused(None)
     x = np.zeros((3, 3), np.float32)
-    with pytest.raises(ValueError, match="half_step: precision must be fp32 without kernels; got exact"):
+    with pytest.raises(ValueError, match="half_step: precision must be one of fp32; got 'exact'"):
         of.half_step(None, x, x, x, x[0], precision="exact")
     with pytest.raises(ValueError, match="momentum_step: rates must be None without kernels; got an array"):
         of.momentum_step(x[0], x[0], x[0], weights=1, scale=1, rate=1, momentum=0, decay=0, rates=x[0])
