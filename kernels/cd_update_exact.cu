@@ -7,8 +7,8 @@
 //
 // Each of the two products is a sum of integers (limbs.cuh); the second begins where the first has ended, in the same registers.
 // Numerics: v and h are read as multiples of 2^-14. Each product is rounded to float32, multiplied by 2^-28 and, the second, by
-// w, and they are subtracted: operations that round once each. Where the factors are samples, or one of them is and the other
-// are probabilities, and no sum exceeds 1024, they round nothing: then sums over parts of a batch add to the sums over the whole, to the bit.
+// w, and they are subtracted: operations that round once each. Where v or h are samples, no sum exceeds 1024 and w is 1, they
+// round nothing: then sums over parts of a batch add to those over the whole, to the bit.
 // Twins: reference.cd_sums and reference.cd_update with precision="exact"
 #include "limbs.cuh"
 #include "momentum.cuh"

@@ -9,7 +9,8 @@
 //     WeightLimbs   step 2^-18, |x| up to 31    3 limbs     what is larger counts as 31
 //
 // Products of limb i and limb j add up, in int32, to sum number i + j; at the end total = sum_p 256^p sum_p, in int64. No sum
-// number wraps round up to a depth of 2^16. The lower limbs of samples are 0: where that is so of a whole piece, its products
+// number wraps round up to a depth of 2^16. The step is fixed, not fitted to the largest weight: W, its transpose and its shards
+// are read alike, and nothing must be found out before. The lower limbs of samples are 0: where that is so of a whole piece, its products
 // are left out.
 //
 // The caller's constants, from gpudbn/cuda/exact.py: a block of THREADS threads makes TILE_ROWS x TILE_COLUMNS sums, a warp
