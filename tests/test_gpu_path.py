@@ -87,7 +87,7 @@ def strong(**options):
 
 
 @pytest.mark.parametrize("processors", [LARGE_TILES, SMALL_TILES], ids=["large tiles", "small tiles"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS, {"precision": "bf16x2"}, {"precision": "tf32"}])
 def test_a_whole_run_ends_where_the_numpy_run_ends(options, processors):
     here, expected = finished(training(np, strong(**options)))
     with installed(processors) as device:
