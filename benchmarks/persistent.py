@@ -33,7 +33,7 @@ def counts(n: int, m: int, B: int, k: int = 1, *, last_hidden: str = "mean", lev
     dict
         barriers, launches; MB that all multiprocessors together read through the L2 cache; GFLOP of the formula
         and of the instructions, which are padded and take weights as two float16; KB of shared memory a block;
-        microseconds of each of these at the best rate, and their sum.
+        microseconds of both at the best rate, and of the barriers.
     """
     from gpudbn.cuda import persistent
 

@@ -219,29 +219,36 @@ __device__ __forceinline__ void multiply_bits(float (&sum)[4][4], const Side& si
 __device__ __forceinline__ void multiply_halves(float (&sum)[4][4], const Side& side, int first, const Units& x, int count, int group, int share)
 {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, steps = side.inputs / 16 + 1;
+    constexpr int AHEAD = 3;
     u32 one = x.one();
-    for (int step = share; step < steps; step += SHARES) {
-        uint4 rows[4];  // of four inputs
+    for (int from = share; from < steps; from += AHEAD * SHARES) {
+        uint4 rows[AHEAD][4];  // of four inputs
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int input = 16 * step + 2 * t + i / 2 * 8 + i % 2;
-            u32 otherwise = input == side.inputs ? one : 0;
-            rows[i] = make_uint4(otherwise, otherwise, otherwise, otherwise);
-            if (input < side.inputs && 64 * group + 8 * g < count)
-                rows[i] = x.eight(input, 64 * group + 8 * g);
+        for (int s = 0; s < AHEAD; s++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int input = 16 * (from + s * SHARES) + 2 * t + i / 2 * 8 + i % 2;
+                u32 otherwise = input == side.inputs ? one : 0;
+                rows[s][i] = make_uint4(otherwise, otherwise, otherwise, otherwise);
+                if (input < side.inputs && 64 * group + 8 * g < count) rows[s][i] = x.eight(input, 64 * group + 8 * g);
+            }
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) {
+            int step = from + s * SHARES;
+            if (step >= steps) break;
+            u32 high[2], low[2];
+            side.weights(first + g, 16 * step + 2 * t, high, low);
+            auto use = [&](float (&d)[4], u32 x0, u32 x1, u32 x2, u32 x3) {  // a pair of rows of each input
+                u32 a[4] = {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632),
+                            __byte_perm(x2, x3, 0x5410), __byte_perm(x2, x3, 0x7632)};
+                mma_f16(d, a, high);
+                mma_f16(d, a, low);
+            };
+            use(sum[0], rows[s][0].x, rows[s][1].x, rows[s][2].x, rows[s][3].x);
+            use(sum[1], rows[s][0].y, rows[s][1].y, rows[s][2].y, rows[s][3].y);
+            use(sum[2], rows[s][0].z, rows[s][1].z, rows[s][2].z, rows[s][3].z);
+            use(sum[3], rows[s][0].w, rows[s][1].w, rows[s][2].w, rows[s][3].w);
         }
-        u32 high[2], low[2];
-        side.weights(first + g, 16 * step + 2 * t, high, low);
-        auto use = [&](float (&d)[4], u32 x0, u32 x1, u32 x2, u32 x3) {  // a pair of rows of each input
-            u32 a[4] = {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632),
-                        __byte_perm(x2, x3, 0x5410), __byte_perm(x2, x3, 0x7632)};
-            mma_f16(d, a, high);
-            mma_f16(d, a, low);
-        };
-        use(sum[0], rows[0].x, rows[1].x, rows[2].x, rows[3].x);
-        use(sum[1], rows[0].y, rows[1].y, rows[2].y, rows[3].y);
-        use(sum[2], rows[0].z, rows[1].z, rows[2].z, rows[3].z);
-        use(sum[3], rows[0].w, rows[1].w, rows[2].w, rows[3].w);
     }
 #pragma unroll
     for (int j = 0; j < 4; j++)

@@ -147,6 +147,8 @@ CASES = [
     {"n": 3, "m": 53, "batch": 37, "rows": 37},  # more blocks than visible units
     {"n": 131, "m": 16, "batch": 101, "rows": 202, "levels": 255},  # a tile and more in a block; whole minibatches
     {"levels": None, "n": 67, "batch": 70, "rows": 70},
+    {"n": 7, "m": 900, "batch": 3, "rows": 5},  # more inputs than are fetched at once
+    {"n": 301, "m": 5, "batch": 3, "rows": 5, "levels": 255},
     {"n": 1, "m": 1, "batch": 1, "rows": 2},
 ]
 
