@@ -219,6 +219,11 @@ class Training:
         """The updates of the epoch up to ``end``: the full batches as one graph, if there are graphs."""
         first, batch = self.position, phase.batch
         feed.turn(first * batch, self._rows(positions, phase, first, end))
+        if self.paths[self.index].name == "persistent" and isinstance(phase, LayerPhase):
+            (piece,) = self._pieces(phase, positions[first * batch : first * batch + batch])
+            phase.run(feed, positions[first * batch : end * batch], piece)
+            self.updates += end - first
+            return
         equal = min(end, len(positions) // batch) - first
         if self.graphs and equal > 1 and self.graphs.run(equal, equal * batch, update=self.updates, row=first * batch,
                                                          side=feed.side):
@@ -236,7 +241,17 @@ class Training:
         return choose_path(s.kernels, Case(
             f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
             host_between=host, updates=len(self._shard(self._set(index).train)) // batch,
-            precision=s.precision if layer else "fp32"))
+            precision=s.precision if layer else "fp32",
+            means=("--data-hidden mean" if s.data_hidden == "mean" else
+                   "--reconstruction mean" if s.reconstruction == "mean" else None),
+            offsets=s.centring != "off" or s.sparsity_target is not None,
+            fits=layer and s.kernels == "persistent" and self._fits(index)))
+
+    def _fits(self, index: int) -> bool:
+        """Whether the parameters of a layer fit on the chip of this GPU."""
+        rbm = self.dbn.layers[index]
+        return self.dbn.xp is not np and twins_of(rbm.W).cd_run_fits(
+            rbm.n, rbm.m, self.settings.batch, momentum=any(self.settings.momentum))
 
     def _make_graphs(self, phase: Phase, feed: Feed) -> Graphs | None:
         """What repeats turns, if this phase's path is that."""

@@ -4,13 +4,15 @@
     unfused     CuPy's operations and cuBLAS, one launch each: for comparison
     fused       kernels of ours, launched one by one
     graph       the same launches, repeated as a CUDA graph of a whole turn
+    persistent  a whole turn in one launch, with the weights on the chip (``reference.cd_run``)
 
 ``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken.
 
 The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
 140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products take hundreds of microseconds the
-paths with kernels do not differ, and a graph costs nothing.
+paths with kernels do not differ, and a graph costs nothing. One persistent launch is predicted at 7 to 10 us an
+update; it has not been run on a GPU, rounds means of hidden units, and so is not taken unless asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from gpudbn.errors import UserError
 
 ORDER = ("graph", "fused")  # of auto, on a GPU
-CHOICES = ("auto", "graph", "fused", "unfused")
+CHOICES = ("auto", "graph", "persistent", "fused", "unfused")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Case:
         Equal updates of an epoch: those of full batches.
     precision : str
         CuPy's operations have float32 alone.
+    means : str or None
+        An option under which states that are not samples cross the chip: ``--data-hidden mean``.
+    offsets : bool
+        Units are centred or drawn to a target of sparsity.
+    fits : bool
+        The layer, its velocity and a minibatch fit on the chip.
     """
 
     what: str
@@ -48,6 +56,9 @@ class Case:
     host_between: str | None = None
     updates: int = 1 << 20
     precision: str = "fp32"
+    means: str | None = None
+    offsets: bool = False
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,17 @@ def _against(name: str, case: Case) -> str | None:
     """Why a path cannot be taken, or None."""
     if name == "unfused" and case.precision != "fp32":
         return f"--precision {case.precision} is kernels'"
-    if name != "graph":
+    if name in ("fused", "unfused"):
         return None
     if case.finetune:
-        return "its products are cuBLAS's, which a CUDA graph cannot hold"
+        return "its products are cuBLAS's, which a CUDA graph cannot hold" if name == "graph" else "it is no CD"
     if case.host_between:
         return f"{case.host_between} must act within each update"
+    if name == "persistent":
+        return ("--precision must be fp32" if case.precision != "fp32" else
+                f"{case.means} lets means cross the chip" if case.means else
+                "--centring and --sparsity-target need each update's units" if case.offsets else
+                None if case.fits else "the layer or the minibatch does not fit on the chip")
     if case.updates < 2:
         return f"an epoch has {case.updates} full batches, and nothing repeats"
     return None

@@ -122,6 +122,7 @@ class LayerPhase(Phase):
         self.twins = twins_of(self.parameters)
         self.precision = "exact" if self.rbm.precision == "exact" else "fp32"  # of gradients: others are of half-steps
         self.rate = self.momentum = 0.0
+        self.turn = dbn.xp.empty((0, n), np.float32)  # visible units of the updates of one launch
         self.rates = dbn.xp.zeros(3, np.float32)  # of updates that a CUDA graph repeats: of full batches
 
     def state(self) -> dict[str, Array]:
@@ -194,6 +195,30 @@ class LayerPhase(Phase):
                              precision=self.precision)
         if self.offsets:
             self.offsets.step(self.offsets.moved, count)
+
+    def run(self, rows: Source, positions: Any, first: Piece) -> None:
+        """The updates of a turn in one launch (``reference.cd_run``); ``first`` is the piece of the first of them.
+
+        Parameters
+        ----------
+        positions : array (count,), or a ``feed.Span``
+            Which rows: minibatch after minibatch, the last of which may be short.
+        """
+        s, count = self.settings, len(positions)
+        if count == 0:
+            return
+        if len(self.turn) < count:
+            self.turn = self.dbn.xp.empty((count, self.rbm.n), np.float32)
+        v = self.turn[:count]
+        for lo in range(0, count, self.batch):  # what is drawn on the way up has its update's address
+            hi = min(lo + self.batch, count)
+            self._visible(v[lo:hi], rows, first._replace(positions=positions[lo:hi],
+                                                         update=first.update + lo // self.batch))
+        samples = s.up == "sample" if self.layer else s.binarise != "none"
+        self.twins.cd_run(self.parameters, self.velocity, v, self.rbm.n, self.rbm.m, batch=self.batch,
+                          chains=self.chains, k=s.k, last_hidden=s.last_hidden, levels=1 if samples else None,
+                          seed=s.seed, update=first.update, layer=self.layer, row=first.row,
+                          chain_row=first.chain_row, rate=self.rate, momentum=self.momentum, decay=s.decay)
 
     def _inputs(self, rows: Source, positions: np.ndarray) -> Array:
         """Mean-field visible units of this layer for evaluation: no draws. Array (B, n)."""

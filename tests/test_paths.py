@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import loop, unfused
+from gpudbn import loop, pretrain, unfused
 from gpudbn.dbn import DBN
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
@@ -40,6 +40,8 @@ FINETUNE = Case("fine-tuning", finetune=True)
     ("graph", FINETUNE, "fused", "no graph: its products are cuBLAS's, which a CUDA graph cannot hold"),
     ("fused", LAYER, "fused", "--kernels"),
     ("fused", SLICED, "fused", "--kernels"),
+    ("persistent", LAYER, "persistent", "--kernels"),
+    ("persistent", FINETUNE, "fused", "no persistent: it is no CD"),
     ("unfused", LAYER, "unfused", "--kernels"),
     ("unfused", FINETUNE, "unfused", "--kernels"),
     ("auto", EXACT, "graph", "the first choice"),
@@ -55,6 +57,11 @@ def test_the_rule(asked, case, name, why):
     ("unfused", ON_CPU, "--kernels: must be auto without a GPU; got unfused"),
     ("graph", SLICED, "must be a path that layer 2 can take; got graph, but other replicas must act within each"),
     ("unfused", EXACT, "must be a path that layer 1 can take; got unfused, but --precision exact is kernels'"),
+    ("persistent", SLICED, "got persistent, but other replicas must act within each update. Use auto"),
+    ("persistent", EXACT, "got persistent, but --precision must be fp32. Use auto"),
+    ("persistent", Case("layer 1", means="--data-hidden mean"), "but --data-hidden mean lets means cross the chip"),
+    ("persistent", Case("layer 1", offsets=True), "but --centring and --sparsity-target need each update's units"),
+    ("persistent", Case("layer 1", fits=False), "but the layer or the minibatch does not fit on the chip. Use auto"),
     ("graph", SMALL, "got graph, but an epoch has 1 full batches, and nothing repeats. Use auto"),
 ])
 def test_what_is_asked_for_and_cannot_be_is_refused(asked, case, message):
@@ -83,6 +90,11 @@ def test_a_run_tells_the_case_as_it_is():
         assert paths(cupy, Slice(1, 2)) == ["fused"] * 3
         assert paths(cupy, kernels="unfused") == ["unfused"] * 3
         assert paths(cupy, kernels="fused") == ["fused"] * 3
+        assert paths(cupy, kernels="persistent") == ["persistent", "persistent", "fused"]
+        with pytest.raises(UserError, match="layer 1 can take; got persistent, but --reconstruction mean lets means"):
+            paths(cupy, kernels="persistent", reconstruction="mean")
+        with pytest.raises(UserError, match="does not fit on the chip"):
+            paths(cupy, kernels="persistent", batch=500)
         assert paths(cupy, batch=26) == ["fused"] * 3, "51 rows are one full batch"
         assert paths(cupy, finetune_epochs=0) == ["graph", "graph"]
         with pytest.raises(UserError, match="but --order fixed must act within each update"):
@@ -111,6 +123,44 @@ def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
     for name, array in expected.items():
         assert_close(found[name], array, atol=TOLERANCE)
     assert {record["path"] for record in records[:-1]} == {"unfused (--kernels)"}
+
+
+PERSISTENT = [{"last_hidden": "sample"},
+              {"method": "pcd", "k": 2, "last_hidden": "sample", "binarise": "stochastic", "batch": 7}]
+
+
+def check_persistent(options):
+    """Turns of four updates and of three, the last with a short batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TURN", 4)
+        arrays = []
+        for kernels in ("fused", "persistent"):
+            with installed() as device:
+                run, _ = finished(on_device(strong(**{**options, "finetune_epochs": 0}, kernels=kernels)))
+                arrays.append(run.dbn.arrays())
+                assert ("cd_run" in device.launched) == (kernels == "persistent")
+                assert ("cd_update" in device.launched) == (kernels == "fused")
+                assert run.updates == 2 * 2 * -(-51 // run.settings.batch)
+    for name, array in arrays[0].items():
+        assert_close(arrays[1][name], array, atol=TOLERANCE)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("options", PERSISTENT)
+def test_turns_in_one_launch_end_where_launches_one_by_one_end(options):
+    """Samples alone cross the chip here, so that nothing is rounded that would not be otherwise."""
+    check_persistent(options)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize(("line", "fault"), [
+    ("update=first.update + lo // self.batch", "update=first.update"),
+    ("positions=positions[lo:hi],", "positions=positions[: hi - lo],"),
+    ("chain_row=first.chain_row, rate=", "chain_row=1, rate="),
+])
+def test_a_turn_of_other_updates_is_noticed(line, fault):
+    with pytest.raises(AssertionError), planted(pretrain, line, fault):
+        check_persistent(PERSISTENT[1])
 
 
 @NO_KERNELS
