@@ -248,8 +248,10 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, 
         With v and h from ``centre``: what b and c are weights to. None: all 1. Not with ``precision`` 'exact'.
     moved : array (n + m,), float32
         With ``ones`` only: overwritten with the sums over the data rows of v and h, for ``offsets_step``.
-    precision : 'fp32' or 'exact'
-        As in ``half_step``.
+    precision : str
+        What v, h with its sign and weight, and ``ones`` are rounded to, or ``exact``, see ``gpudbn.precision``. 0 and 1
+        lose nothing, also when ``centre`` has subtracted its offsets from them. For sparsity, a small part of
+        the offsets, bf16 is too coarse.
 
     Notes
     -----
@@ -257,6 +259,7 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, 
     products of experts by minimizing contrastive divergence". (Algorithm 1 of the talk this
     project comes from has the signs the other way.)
     """
+    check_precision("cd_sums", precision)
     if precision == "exact":
         if ones is not None:
             raise ValueError("cd_sums: ones must be None where precision is exact, since centred units are no whole "
@@ -267,17 +270,19 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, 
     signs[:rows] = 1
     signs[rows:] = -model_weight
     signed = np.multiply(h, signs[:, None], out=_scratch.get("signed", h.shape))
-    np.matmul(v.T, signed, out=dW)
     K, n = v.shape
-    if ones is None:
+    product(dW, v.T, signed, precision)
+    if precision == "fp32" and ones is None:
         np.matmul(signs, v, out=db)
         np.sum(signed, axis=0, out=dc)
     else:
-        np.matmul(np.multiply(signs, ones[:K], out=signs), v, out=db)
-        np.matmul(ones[K:], signed, out=dc)
+        of_b, of_c = (1, np.ones(K, np.float32)) if ones is None else (ones[:K], ones[K:])
+        product(db[:, None], v.T, np.multiply(signs, of_b, out=signs)[:, None], precision)
+        product(dc[None], of_c[None], signed, precision)
     if moved is not None:
-        np.sum(v[:rows], axis=0, out=moved[:n])
-        np.sum(h[:rows], axis=0, out=moved[n:])
+        data = np.ones(rows, np.float32)
+        product(moved[:n, None], v[:rows].T, data[:, None], precision)
+        product(moved[None, n:], data[None], h[:rows], precision)
 
 
 def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momentum, decay, rates=None):

@@ -73,10 +73,13 @@ def test_sums_are_those_of_centred_units_taken_back_to_ordinary_parameters():
     ("np.subtract(h[rows:], model, out=h[rows:])", "np.subtract(h[rows:], data, out=h[rows:])"),
     ("np.matmul(h, model, out=ones[:K])", "np.matmul(h, data, out=ones[:K])"),
     ("np.matmul(v, mu, out=ones[K:])", "np.sum(v, axis=1, out=ones[K:])"),
-    ("np.multiply(signs, ones[:K], out=signs)", "np.multiply(signs, ones[K:], out=signs)"),
-    ("np.matmul(ones[K:], signed, out=dc)", "np.matmul(ones[K:], h, out=dc)"),
-    ("np.sum(v[:rows], axis=0, out=moved[:n])", "np.sum(v, axis=0, out=moved[:n])"),
-    ("np.sum(h[:rows], axis=0, out=moved[n:])", "np.sum(signed, axis=0, out=moved[n:])"),
+    ("of_b, of_c = (1, np.ones(K, np.float32)) if ones is None else (ones[:K], ones[K:])",
+     "of_c, of_b = (1, 1) if ones is None else (ones[:K], ones[K:])"),
+    ("product(dc[None], of_c[None], signed, precision)", "product(dc[None], of_c[None], h, precision)"),
+    ("product(moved[:n, None], v[:rows].T, data[:, None], precision)",
+     "product(moved[:n, None], v[-rows:].T, data[:, None], precision)"),
+    ("product(moved[None, n:], data[None], h[:rows], precision)",
+     "product(moved[None, n:], data[None], h[-rows:], precision)"),
 ])
 def test_wrong_sums_are_noticed(line, fault):
     assert_notices(check_sums, reference, line, fault)
@@ -212,7 +215,7 @@ def test_centred_learning_does_not_mind_which_state_is_called_1():
 
 
 def test_a_gradient_that_is_not_taken_back_is_not_mirrored():
-    with planted(reference, "np.matmul(ones[K:], signed, out=dc)", "np.sum(signed, axis=0, out=dc)"):
+    with planted(reference, "product(dc[None], of_c[None], signed, precision)", "np.sum(signed, axis=0, out=dc)"):
         assert mirrored("data")[0] > 0.01
 
 

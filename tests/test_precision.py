@@ -76,6 +76,30 @@ def test_a_half_step_rounds_as_it_is_told():
         assert np.array_equal(mean, reference.sigmoid(expected)), name
 
 
+def check_gradient():
+    """Of centred units: v, h with its sign and weight, and what the biases are weights to, rounded one by one."""
+    rng, (n, m, rows, K) = np.random.default_rng(6), (7, 5, 53, 101)
+    v, h = rng.random((K, n), np.float32), rng.random((K, m), np.float32)
+    ones = rng.normal(1, 0.5, 2 * K).astype(np.float32)
+    signs = np.where(np.arange(K) < rows, np.float32(1), np.float32(-0.7))
+    signed = h * signs[:, None]
+    for name in precision.TENSOR_CORES:
+        dW, db, dc, moved = (np.empty(shape, np.float32) for shape in ((n, m), n, m, n + m))
+        reference.cd_sums(dW, db, dc, v, h, rows, model_weight=0.7, ones=ones, moved=moved, precision=name)
+        expected = np.empty((n + 2, m + 2), np.float32)
+        data = np.arange(K) < rows
+        reference.product(expected, np.column_stack([v, ones[K:], data]).astype(np.float32).T,
+                          np.column_stack([signed, ones[:K] * signs, data]).astype(np.float32), name)
+        for got, part in ((dW, expected[:n, :m]), (db, expected[:n, m]), (dc, expected[n, :m]),
+                          (moved[:n], expected[:n, m + 1]), (moved[n:], expected[n + 1, :m])):
+            assert_close(got, part, atol=1e-5)
+        assert np.abs(dW - v.T @ signed).max() > (1e-5 if name == "bf16x2" else 1e-3), "nothing was rounded"
+
+
+def test_a_gradient_rounds_as_it_is_told():
+    check_gradient()
+
+
 @pytest.mark.parametrize(("module", "line", "fault", "check"), [
     (precision, "bits >> 16 & 1", "1", check_rounding),
     (precision, "rounded[x != x] = 0x7FFF", "pass", check_rounding),
@@ -84,6 +108,11 @@ def test_a_half_step_rounds_as_it_is_told():
     (precision, "bf16(x - high)", "bf16(x) - high", check_parts),
     (reference, "a_high @ b_low", "a_low @ b_low", check_product),
     (reference, "a_low @ b_high", "0 * a_low @ b_high", check_product),
+    (reference, "product(dW, v.T, signed, precision)", "product(dW, v.T, signed)", check_gradient),
+    (reference, "product(dc[None], of_c[None], signed, precision)", "product(dc[None], of_c[None], signed)",
+     check_gradient),
+    (reference, "product(moved[:n, None], v[:rows].T, data[:, None], precision)",
+     "product(moved[:n, None], v.T, np.ones((K, 1), np.float32), precision)", check_gradient),
 ])
 def test_other_rounding_is_noticed(module, line, fault, check):
     assert_notices(check, module, line, fault)

@@ -203,7 +203,7 @@ def test_sums_are_those_of_explicit_loops(rows, model, weight):
     ("signs[rows:] = -model_weight", "signs[rows] = 1; signs[rows + 1 :] = -model_weight"),
     ("np.matmul(signs, v, out=db)", "np.sum(v, axis=0, out=db)"),
     ("np.sum(signed, axis=0, out=dc)", "np.sum(h, axis=0, out=dc)"),
-    ("np.matmul(v.T, signed, out=dW)", "np.matmul(v[:rows].T, signed[:rows], out=dW)"),
+    ("product(dW, v.T, signed, precision)", "product(dW, v[:rows].T, signed[:rows], precision)"),
 ])
 def test_wrong_sums_are_noticed(line, fault):
     assert_notices(lambda: check_sums(11, 3, 11 / 3), reference, line, fault)

@@ -97,6 +97,7 @@ TILES = {
     "cd_update small": Tile(rows=32, columns=32, depth=64, thread_rows=4, slices=4),
     "cd_update large": Tile(rows=128, columns=64, depth=32, thread_rows=8, slices=1),
 }
+TILES |= {f"cd_decoupled {size}": TILES[f"cd_update {size}"] for size in ("small", "large")}
 
 # Tensor cores multiply faster than operands come: the larger a tile, the less it reads for each sum, but the fewer
 # multiprocessors have one. All have eight warps. A multiprocessor of sm_86 has room for one block of the small two.
@@ -114,15 +115,14 @@ _HALF_STEP: Kinds = (POINTER,) * 5 + (_I4, _I4, _I4, *ADDRESS)  # sample, mean, 
 _CD: Kinds = (POINTER,) * 4 + (_I4, _I4, _I4, _I4, _F4)  # moved, v, h, ones, n, m, K, rows, model_weight
 KERNELS: dict[str, dict[str, Kinds]] = {
     "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
-    "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD),
-                  "cd_update": (POINTER, POINTER, *_CD, *RATES),
-                  "cd_sgd": (POINTER, *_CD, *RATES),
-                  "cd_adagrad": (POINTER, POINTER, *_CD, _F4, *RATES)},
+    "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD), "cd_update": (POINTER, POINTER, *_CD, *RATES)},
+    "cd_decoupled": {"cd_sgd": (POINTER, *_CD, *RATES), "cd_adagrad": (POINTER, POINTER, *_CD, _F4, *RATES)},
 }
 
 UNITS: Mapping[str, Unit] = {
     **{name: Unit(f"{name.split()[0]}.cu", KERNELS[name.split()[0]], tile.constants()) for name, tile in TILES.items()},
-    **{f"half_step {precision} {size}": Unit("half_step.cu", KERNELS["half_step"], tile.constants(precision))
+    **{f"{file} {precision} {size}": Unit(f"{file}.cu", kernels, tile.constants(precision))
+       for file, kernels in KERNELS.items() if file != "cd_decoupled"
        for precision in TENSOR_CORES for size, tile in TENSOR_TILES.items()},
     **exact.UNITS,
 }
@@ -193,15 +193,16 @@ class Layers(Door):
     def cd_sums(self, dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, precision="fp32"):
         """See ``reference.cd_sums``."""
         K, n, m = self._cd_sizes("cd_sums", v, h, rows)
-        kernel = kernel_of("cd_sums", precision, "rows", max(rows, K - rows))
+        kernel = kernel_of("cd_sums", precision, "rows", max(rows, K - rows), PRECISIONS)
         self._check("cd_sums", "dW", dW, n, m)
         self._check("cd_sums", "db", db, n)
         self._check("cd_sums", "dc", dc, m)
         self._check_apart("cd_sums", {"dW": dW, "db": db, "dc": dc}, {"v": v, "h": h})
         self._check_centred(kernel, {"dW": dW, "db": db, "dc": dc}, v, h, ones, moved)
-        unit, grid, threads = self._cd_grid(kernel, n, m, moved)
+        unit, grid, tile = self._cd_grid(kernel, n, m, moved, precision)
         units = (v, h) if precision == "exact" else (moved, v, h, ones)
-        self._launch(unit, kernel, grid, threads, dW, db, dc, *units, n, m, K, rows, model_weight)
+        self._launch(unit, kernel, grid, tile.threads, dW, db, dc, *units, n, m, K, rows, model_weight,
+                     shared=tile.shared)
 
     def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
                   rate, momentum, decay, rates=None, precision="fp32"):
@@ -233,7 +234,7 @@ class Layers(Door):
         scalars of 1 / rows.
         """
         K, _, _ = self._cd_sizes(function, v, h, rows, n, m)
-        kernel = kernel_of(function, precision, "rows", max(rows, K - rows))
+        kernel = kernel_of(function, precision, "rows", max(rows, K - rows), PRECISIONS)
         if rows == 0:
             raise ValueError(f"{function}: rows must be positive; got 0")
         for name, array in changed.items():
@@ -242,10 +243,10 @@ class Layers(Door):
         parameters, *state = changed.items()
         self._check_apart(function, dict(state), dict([parameters]))
         self._check_centred(kernel, changed, v, h, ones, moved)
-        unit, grid, threads = self._cd_grid(kernel, n, m, moved)
+        unit, grid, tile = self._cd_grid(kernel, n, m, moved, precision)
         units = (v, h) if precision == "exact" else (moved, v, h, ones)
-        self._launch(unit, kernel, grid, threads, *changed.values(), *units, n, m, K, rows, model_weight,
-                     *numbers(1 / rows), self._rates(function, rates))
+        self._launch(unit, kernel, grid, tile.threads, *changed.values(), *units, n, m, K, rows, model_weight,
+                     *numbers(1 / rows), self._rates(function, rates), shared=tile.shared)
 
     def _cd_sizes(self, function: str, v: Array, h: Array, rows: int, n: int | str = "n", m: int | str = "m"):
         K, n = self._check(function, "v", v, "rows + C", n)
@@ -268,11 +269,13 @@ class Layers(Door):
             self._check(kernel, "moved", moved, v.shape[1] + h.shape[1])
             self._check_apart(kernel, {"moved": moved}, {"v": v, "h": h, "ones": ones, **written})
 
-    def _cd_grid(self, kernel: str, n: int, m: int, moved: Array | None) -> tuple[str, tuple[int, int], int]:
-        name = "cd_update_exact" if kernel.endswith("_exact") else "cd_update"
+    def _cd_grid(self, kernel: str, n: int, m: int, moved: Array | None,
+                 precision: str) -> tuple[str, tuple[int, int], Tile | exact.Tile | TensorTile]:
+        name = ("cd_update_exact" if kernel.endswith("_exact") else
+                "cd_update" if kernel in KERNELS["cd_update"] else "cd_decoupled")
         units = 1 if moved is None else 2  # more of each, for the biases and for `moved`
-        unit, tile = self._choose(name, n + units, m + units)
+        unit, tile = self._choose(name, n + units, m + units, precision)
         grid = -(-(m + units) // tile.columns), -(-(n + units) // tile.rows)
         if grid[1] > MOST_IN_Y:
             raise ValueError(f"{kernel}: n must be below {MOST_IN_Y * tile.rows - units + 1}; got {n}")
-        return unit, grid, tile.threads
+        return unit, grid, tile

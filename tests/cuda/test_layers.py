@@ -87,15 +87,24 @@ def cd_case(n, m, rows, C, binary=False):
     return ((v < 0.5).astype(np.float32), (h < 0.5).astype(np.float32)) if binary else (v, h)
 
 
-def exact_sums(v, h, rows, w, ones=None):
-    """dW, db, dc end to end, in float64; and what float32 may err: half a unit a term, as a random walk."""
-    v, h = v.astype(np.float64), h.astype(np.float64)
-    sign = np.where(np.arange(len(v)) < rows, 1.0, -float(np.float32(w)))[:, None]
-    of_b, of_c = np.split(np.ones(2 * len(v)) if ones is None else ones.astype(np.float64), 2)
-    sums = v.T @ (sign * h), of_b @ (sign * v), of_c @ (sign * h)
-    size = np.abs(v).T @ np.abs(sign * h), np.abs(of_b) @ np.abs(sign * v), np.abs(of_c) @ np.abs(sign * h)
-    flat_sums, flat_size = (np.concatenate([part.ravel() for part in parts]) for parts in (sums, size))
-    return flat_sums, EPS * (2 + np.sqrt(len(v))) * flat_size + 1e-30
+def exact_sums(v, h, rows, w, ones=None, precision="fp32"):
+    """dW, db, dc, and ``moved``, end to end, in float64, of operands as they are rounded; and what float32 may err.
+
+    That is half a unit a term, as a random walk; on tensor cores see ``exact_product``.
+    """
+    (K, n), m = v.shape, h.shape[1]
+    data = np.arange(K) < rows
+    sign = np.where(data, 1, -np.float32(w)).astype(np.float32)
+    of_b, of_c = np.split(np.ones(2 * K, np.float32) if ones is None else ones, 2)
+    a = np.ascontiguousarray(np.column_stack([v, of_c, data]).astype(np.float32).T)
+    b = np.column_stack([h * sign[:, None], of_b * sign, data]).astype(np.float32)
+    if precision == "fp32":
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        both = a @ b, EPS * (2 + np.sqrt(K)) * np.abs(a) @ np.abs(b)
+    else:
+        both = exact_product(a, b, precision)
+    return [np.concatenate([x[:n, :m].ravel(), x[:n, m], x[n, :m], x[:n, m + 1], x[n + 1, :m]]) + tiny
+            for x, tiny in zip(both, (0, 1e-30), strict=True)]
 
 
 def cd_centred(arrays, v, h):
@@ -105,37 +114,35 @@ def cd_centred(arrays, v, h):
     return {"ones": arrays.put(ones), "moved": arrays.empty(n + m)}, ones
 
 
-def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False, centred=False):
+def check_cd_sums(launcher, n, m, rows, C, *, w=0.7, offset=0, binary=False, centred=False, precision="fp32"):
     arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C, binary)
-    out, (keywords, ones) = (arrays.empty(n, m), arrays.empty(n), arrays.empty(m)), ({}, None)
+    out, (keywords, ones) = [arrays.empty(n, m), arrays.empty(n), arrays.empty(m)], ({}, None)
     if centred:
         keywords, ones = cd_centred(arrays, v, h)
-    launcher.cd_sums(*out, arrays.put(v), arrays.put(h), rows, model_weight=w, **keywords)
-    got = np.concatenate([arrays.get(part).ravel() for part in out])
-    exact, error = exact_sums(v, h, rows, w, ones)
-    if centred:
-        assert_close(arrays.get(keywords["moved"]), np.concatenate([v[:rows].sum(0), h[:rows].sum(0)]),
-                     atol=EPS * len(v) ** 1.5)
+    launcher.cd_sums(*out, arrays.put(v), arrays.put(h), rows, model_weight=w, precision=precision, **keywords)
+    got = np.concatenate([arrays.get(part).ravel() for part in [*out, *list(keywords.values())[1:]]])
+    exact, error = (x[: got.size] for x in exact_sums(v, h, rows, w, ones, precision))
     assert_close(got / error, exact / error, atol=1.0)
     if binary:
         assert np.array_equal(got, exact), "sums of zeros and ones must be exact"
         twin = np.empty((n, m), np.float32), np.empty(n, np.float32), np.empty(m, np.float32)
-        reference.cd_sums(*twin, v, h, rows, model_weight=w)
+        reference.cd_sums(*twin, v, h, rows, model_weight=w, precision=precision)
         assert np.array_equal(got, np.concatenate([part.ravel() for part in twin]))
     arrays.passed("cd_sums")
 
 
-def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, centred=False, **step):
+def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, centred=False, precision="fp32", **step):
     arrays, (v, h) = Arrays(launcher, offset), cd_case(n, m, rows, C)
     on_device, (keywords, ones) = (arrays.put(v), arrays.put(h)), cd_centred(arrays, v, h) if centred else ({}, None)
 
     def launch(parameters, velocity, **numbers):
-        launcher.cd_update(parameters, velocity, None, n, m, *on_device, rows, model_weight=w, **keywords, **numbers)
+        launcher.cd_update(parameters, velocity, None, n, m, *on_device, rows, model_weight=w, precision=precision,
+                           **keywords, **numbers)
 
-    check_step(launch, arrays, n * m + n + m, n * m, *exact_sums(v, h, rows, w, ones), scale=1 / rows, **step)
+    size, (exact, error) = n * m + n + m, exact_sums(v, h, rows, w, ones, precision)
+    check_step(launch, arrays, size, n * m, exact[:size], error[:size], scale=1 / rows, **step)
     if centred:
-        assert_close(arrays.get(keywords["moved"]), np.concatenate([v[:rows].sum(0), h[:rows].sum(0)]),
-                     atol=EPS * len(v) ** 1.5)
+        assert_close(arrays.get(keywords["moved"]) / error[size:], exact[size:] / error[size:], atol=1.0)
     arrays.passed("cd_update")
 
 
@@ -146,7 +153,7 @@ def check_cd_decoupled(launcher, rule, n, m, rows, C, *, w=0.7, offset=0):
     def launch(*changed, **numbers):
         getattr(launcher, f"cd_{rule}")(*changed, None, n, m, *on_device, rows, model_weight=w, **numbers)
 
-    sums, error = exact_sums(v, h, rows, w)
+    sums, error = (x[: n * m + n + m] for x in exact_sums(v, h, rows, w))
     check_decoupled(launch, arrays, rule, n * m + n + m, n * m, sums / rows, error / rows)
     arrays.passed(f"cd_{rule}")
 

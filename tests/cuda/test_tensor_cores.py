@@ -23,7 +23,17 @@ from tests.cuda.checks import (
     barriers,
     sees_fault,
 )
-from tests.cuda.test_layers import REAL_SIZES, both_ways, check_half_step, exact_product
+from tests.cuda.test_layers import (
+    CD_SIZES,
+    REAL_SIZES,
+    both_ways,
+    cd_case,
+    check_cd_sums,
+    check_cd_update,
+    check_half_step,
+    exact_product,
+    exact_sums,
+)
 from tests.cuda_on_cpu import runtime
 from tests.helpers import assert_close
 
@@ -175,11 +185,95 @@ def test_two_bf16_are_nearly_float32(tensor_launcher, grey, lost):
     assert_close(arrays.get(mean) / error, exact / error, atol=1.0)
 
 
+# --------------------------------------------------------------------------------------- gradient and the step
+
+
+@SMALL_TILES
+def test_cd_sums(tensor_launcher):
+    for sizes in [*CD_SIZES[1:], (131, 257, 70, 70)]:
+        check_cd_sums(tensor_launcher, *sizes, precision="bf16x2")
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_cd_sums_in_other_precisions(tensor_launcher, precision):
+    for sizes in CD_SIZES:
+        check_cd_sums(tensor_launcher, *sizes, precision=precision)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@in_every_precision
+def test_cd_sums_of_samples_are_exact(tensor_launcher, precision):
+    check_cd_sums(tensor_launcher, 37, 131, 41, 41, w=1.0, binary=True, precision=precision)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@in_every_precision
+def test_cd_sums_of_centred_units_and_at_odd_addresses(tensor_launcher, precision):
+    for sizes in [(37, 131, 17, 5), (63, 31, 5, 5), (62, 30, 5, 5), (127, 255, 3, 3)]:
+        check_cd_sums(tensor_launcher, *sizes, centred=True, precision=precision)
+    check_cd_sums(tensor_launcher, 32, 36, 17, 17, offset=1, precision=precision)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@in_every_precision
+def test_centred_samples_lose_nothing(tensor_launcher, precision):
+    """Their offsets are multiples of 1/256: every product is exact, and so is their sum."""
+    rng, arrays, (n, m, rows) = np.random.default_rng(4), Arrays(tensor_launcher), (37, 31, 50)
+    v, h = (x.astype(np.float64) for x in cd_case(n, m, rows, rows, binary=True))
+    v, h = v - rng.integers(0, 257, n) / 256, h - rng.integers(0, 257, m) / 256
+    dW = arrays.empty(n, m)
+    tensor_launcher.cd_sums(dW, arrays.empty(n), arrays.empty(m), arrays.put(v), arrays.put(h), rows,
+                            precision=precision)
+    assert np.array_equal(arrays.get(dW), v[:rows].T @ h[:rows] - v[rows:].T @ h[rows:])
+
+
+@SMALL_TILES
+def test_cd_update(tensor_launcher):
+    for sizes in CD_SIZES[1:4]:
+        check_cd_update(tensor_launcher, *sizes, precision="bf16x2")
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@in_every_precision
+def test_cd_update_in_every_precision(tensor_launcher, precision):
+    check_cd_update(tensor_launcher, 131, 67, 41, 7, precision=precision)
+    check_cd_update(tensor_launcher, 37, 131, 17, 5, centred=True, precision=precision)
+    check_cd_update(tensor_launcher, 32, 36, 17, 17, offset=1, momentum=0.0, decay=0.0, precision=precision)
+
+
+@ONE_SCHEDULE
+@SMALL_TILES
+@in_every_precision
+def test_cd_sums_are_their_twin(tensor_launcher, precision):
+    """To the rounding of two float32 sums; also of centred units."""
+    arrays, (n, m, rows, C) = Arrays(tensor_launcher), (67, 92, 41, 17)
+    v, h = cd_case(n, m, rows, C)
+    ones = np.random.default_rng(3).normal(1, 0.5, 2 * (rows + C)).astype(np.float32)
+    for units in (None, ones):
+        shapes = [(n, m), (n,), (m,), (n + m,)][: 3 if units is None else 4]
+        found, twin = [arrays.empty(*shape) for shape in shapes], [np.empty(shape, np.float32) for shape in shapes]
+        for call, out, a, b, of in ((tensor_launcher.cd_sums, found, arrays.put(v), arrays.put(h), arrays.put(ones)),
+                                    (reference.cd_sums, twin, v, h, ones)):
+            centred = {} if units is None else {"ones": of, "moved": out[3]}
+            call(*out[:3], a, b, rows, model_weight=rows / C, precision=precision, **centred)
+        got, expected = (np.concatenate([np.ravel(x) for x in parts])
+                         for parts in ([arrays.get(x) for x in found], twin))
+        error = 2 * exact_sums(v, h, rows, rows / C, units, precision)[1][: got.size]
+        assert_close(got / error, expected / error, atol=1.0)
+
+
 @ON_CPU
 @SMALL_TILES
 def test_the_size_of_a_real_layer(launcher):
     check_half_step(launcher, 100, 784, 500, precision="bf16x2", x=binary(100, 784))
     check_half_step(launcher, 100, 500, 784, precision="bf16x2", x=binary(100, 500), transpose=True)
+    check_cd_update(launcher, 784, 500, 100, 100, precision="bf16x2")
 
 
 @ON_GPU
@@ -190,6 +284,16 @@ def test_half_step_of_real_layers(tensor_launcher, transpose, precision):
     for B, n, m in REAL_SIZES:
         check_half_step(tensor_launcher, B, n, m, transpose=transpose, precision=precision)
         check_half_step(tensor_launcher, B, n, m, transpose=transpose, precision=precision, x=binary(B, n))
+
+
+@ON_GPU
+@SMALL_TILES
+@in_every_precision
+def test_gradients_of_real_layers(tensor_launcher, precision):
+    for sizes in [(784, 500, 100, 100), (1031, 1009, 500, 300)]:
+        check_cd_sums(tensor_launcher, *sizes, precision=precision)
+        check_cd_update(tensor_launcher, *sizes, centred=True, precision=precision)
+    check_cd_sums(tensor_launcher, 1031, 1009, 500, 500, w=1.0, binary=True, precision=precision)
 
 
 # -------------------------------------------------------------------------------------------- planted faults
@@ -213,6 +317,14 @@ def tf32_check(launcher):
     check_half_step(launcher, 17, 131, 37, precision="tf32")
 
 
+def cd_check(launcher):
+    check_cd_sums(launcher, 37, 70, 150, 41, centred=True, precision="bf16x2")
+
+
+def cd_update_check(launcher):
+    check_cd_update(launcher, 37, 37, 41, 17, precision="bf16x2")
+
+
 FAULTS = {  # name: text, what it becomes, the check that must see it
     "no wait": ("cp_async_wait<STAGES - 2>();", "", half_step_check),
     "a wait too short": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();", half_step_check),
@@ -233,6 +345,16 @@ FAULTS = {  # name: text, what it becomes, the check that must see it
     "tf32 not rounded": ("part[0][i][s] = tf32(x[i][s]);", "part[0][i][s] = __float_as_uint(x[i][s]);", tf32_check),
     "draws: next block": ("(column / 4 + (u64)q)", "(column / 4 + (u64)q + 1)", half_step_check),
     "draws: start of a shard": ("(column / 4 + (u64)q)", "((u64)q)", shard_check),
+}
+FAULTS |= {
+    "gradient: sign": (": -model_weight", ": model_weight", cd_update_check),
+    "gradient: ones behind the last row": ("if (k < K) set_ones(quad, line, n,", "set_ones(quad, line, n,", cd_check),
+    "gradient: units of another row": ("adjust_b(quad, first_column + line, piece * TILE_DEPTH + k)",
+                                       "adjust_b(quad, first_column + line, k)", cd_check),
+    "gradient: units of another column": ("adjust_a(quad, first_row + line,", "adjust_a(quad, line,", cd_check),
+    "gradient: no low part of h": ("if (PARTS == 2) multiply(", "if (false) multiply(", cd_check),
+    "gradient: no low part of v": ("if (low_products) multiply(", "if (false) multiply(", cd_check),
+    "gradient: biases exchanged": ("(visible ? p.b : p.c)[i]", "(visible ? p.c : p.b)[i]", cd_update_check),
 }
 FAULTS |= {f"no barrier, {line.partition('// ')[2]}": (line, "", half_step_check)
            for line in barriers("product_mma.cuh")}
