@@ -6,8 +6,8 @@
 Everyone's results are held to a float64 reference first; what fails is not timed. A sample is a stretch
 of at least a millisecond of calls one after the other between two CUDA events, divided by their number:
 where launching is slower than the kernel, it is the launching that is seen, but for the rows "in a graph",
-in which the host has no part. All arithmetic is float32 unless a row names a precision: then the products of
-half-steps are of rounded operands, and what is right is computed from these.
+in which the host has no part. All arithmetic is float32 unless a row names a precision: then its products are
+of rounded operands, and what is right is computed from these.
 
 The file is written after every measurement. ``--environment`` and ``--table`` are for ``on_gpu.sh``.
 """
@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 
 class Case:
-    """One layer and batch: its data on the host, and what is right, in float64, of weights as they are rounded."""
+    """One layer and batch: its data on the host, and what is right, in float64, of operands as they are rounded."""
 
     def __init__(self, n: int, m: int, B: int, precision: str = "fp32") -> None:
         self.n, self.m, self.B, self.precision = n, m, B, precision
@@ -75,18 +75,21 @@ class Case:
         n, m = self.n, self.m
         return flat[: n * m].reshape(n, m), flat[n * m : n * m + n], flat[n * m + n :]
 
-    def weights(self) -> np.ndarray:
-        """W as it is rounded for a product with zeros and ones, in float64."""
-        W = self.split(self.p)[0]
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """What is multiplied with zeros and ones, in float64."""
         if self.precision == "bf16x2":
-            high, low = bf16_parts(W)
+            high, low = bf16_parts(x)
             return high.astype(np.float64) + low
         rounded = {"bf16": bf16, "tf32": tf32}.get(self.precision, np.asarray)
-        return rounded(W).astype(np.float64)
+        return rounded(x).astype(np.float64)
+
+    def weights(self) -> np.ndarray:
+        """W as it is rounded."""
+        return self.rounded(self.split(self.p)[0])
 
     def exact_sums(self, v: np.ndarray, h: np.ndarray) -> np.ndarray:
         """dW, db, dc end to end."""
-        v, h, B = v.astype(np.float64), h.astype(np.float64), self.B
+        v, h, B = self.rounded(v), self.rounded(h), self.B
         return np.concatenate([(v[:B].T @ h[:B] - v[B:].T @ h[B:]).ravel(), v[:B].sum(0) - v[B:].sum(0),
                                h[:B].sum(0) - h[B:].sum(0)])
 
@@ -141,7 +144,7 @@ def check_sample(what: str, sample: np.ndarray, p: np.ndarray, u: np.ndarray | N
 
 
 def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
-    """Ours. What is rounded is multiplied by tensor cores; gradients are in float32 all the same."""
+    """Ours. What is rounded is multiplied by tensor cores."""
     from gpudbn.draws import uniforms
 
     n, m, B, precision = case.n, case.m, case.B, case.precision
@@ -159,15 +162,15 @@ def by_kernels(case: Case, xp: Any, launcher: Any) -> Iterator[Work]:
                lambda: check_sample("v", down.get(), case.down, drawn(down.shape, second), case.sure))
 
     def step() -> None:
-        launcher.cd_update(parameters, velocity, None, n, m, v, h, B, rate=RATE, momentum=MOMENTUM, decay=DECAY)
+        launcher.cd_update(parameters, velocity, None, n, m, v, h, B, rate=RATE, momentum=MOMENTUM, decay=DECAY,
+                           precision=precision)
 
-    if precision == "fp32":
-        sums = xp.empty_like(parameters)
-        parts = case.split(sums)
-        yield Work("cd_sums", lambda: launcher.cd_sums(*parts, v, h, B),
-                   lambda: close("sums", sums.get(), case.sums, 1e-5))
-        yield Work("cd_update", step, lambda: case.check_step(parameters.get(), velocity.get(), case.sums))
-        parameters[...], velocity[...] = xp.asarray(case.p), xp.asarray(case.u)
+    sums = xp.empty_like(parameters)
+    parts = case.split(sums)
+    yield Work("cd_sums", lambda: launcher.cd_sums(*parts, v, h, B, precision=precision),
+               lambda: close("sums", sums.get(), case.sums, 1e-5))
+    yield Work("cd_update", step, lambda: case.check_step(parameters.get(), velocity.get(), case.sums))
+    parameters[...], velocity[...] = xp.asarray(case.p), xp.asarray(case.u)
 
     def update() -> None:
         launcher.half_step(h[:B], None, v[:B], W, c, precision=precision, **first)
@@ -424,7 +427,7 @@ def tile_of(launcher: Any, case: Case, what: str) -> str:
     n, m, B, precision = case.n, case.m, case.B, case.precision
     suffix = "_exact" if precision == "exact" else ""
     up, down = (f"half_step{suffix}", B, m, precision), (f"half_step{suffix}", B, n, precision)
-    gradient = (f"cd_update{suffix}", n + 1, m + 1)
+    gradient = (f"cd_update{suffix}", n + 1, m + 1, precision)
     units = {"half_step": [up], "half_step, transposed": [down], "cd_sums": [gradient], "cd_update": [gradient]}
     chosen = units.get(what) or [up, down, gradient]
     return ", ".join(launcher._choose(*unit)[0] for unit in chosen)
