@@ -120,7 +120,6 @@ class LayerPhase(Phase):
         self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
         self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]
         self.twins = twins_of(self.parameters)
-        self.precision = "exact" if self.rbm.precision == "exact" else "fp32"  # of gradients: others are of half-steps
         self.rate = self.momentum = 0.0
         self.turn = dbn.xp.empty((0, n), np.float32)  # visible units of the updates of one launch
         self.rates = dbn.xp.zeros(3, np.float32)  # of updates that a CUDA graph repeats: of full batches
@@ -174,7 +173,7 @@ class LayerPhase(Phase):
         count = len(piece.positions)
         centred = self.offsets.centre(v, h, count, out[size:]) if self.offsets else {}
         self.twins.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight, **centred,
-                           precision=self.precision)
+                           precision=self.rbm.precision)
 
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
@@ -192,7 +191,7 @@ class LayerPhase(Phase):
         self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h, count,
                              model_weight=piece.model_weight, **centred, rate=self.rate, momentum=self.momentum,
                              decay=self.settings.decay, rates=None if piece.clock is None else self.rates,
-                             precision=self.precision)
+                             precision=self.rbm.precision)
         if self.offsets:
             self.offsets.step(self.offsets.moved, count)
 

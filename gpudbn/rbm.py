@@ -44,7 +44,7 @@ class RBM:
     width : int
         How many they are.
     precision : str
-        Of half-steps, as in ``gpudbn.precision``; and of gradients, if it is ``exact``.
+        Of half-steps and gradients, as in ``gpudbn.precision``.
     """
 
     def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE) -> None:

@@ -127,9 +127,9 @@ class Settings:
 
     seed: int = option(1, "number behind every random draw", group="run", rule=SEED)
     device: str = option("auto", "where to compute", group="run", choices=("auto", "cpu", "gpu"))
-    precision: str = option("fp32", "arithmetic of the layers: fp32; bf16x2, tf32 or bf16, which tensor cores multiply "
-                            "in half-steps; exact, whose sums are of integers, so that all GPUs and CPUs come to the "
-                            "same bits. Fine-tuning stays fp32", group="run",
+    precision: str = option("fp32", "arithmetic of layers: fp32; bf16x2, tf32 or bf16, which tensor cores multiply; "
+                            "exact, whose sums are of integers, so that all GPUs and CPUs come to the same bits. "
+                            "Fine-tuning stays fp32", group="run",
                             choices=("fp32", "bf16x2", "tf32", "bf16", "exact"))
     kernels: str = option("auto", "how updates run on a GPU: graph (kernels in CUDA graphs), persistent (many updates "
                           "in one launch), fused (kernels one by one), unfused (CuPy and cuBLAS, to compare with); "
@@ -169,6 +169,9 @@ class Settings:
         if self.precision == "exact" and (self.centring != "off" or self.sparsity_target is not None):
             raise UserError("--precision: must not be exact with --centring or --sparsity-target; got exact. Centred "
                             "units are no whole numbers")
+        if self.precision == "bf16" and self.sparsity_target is not None:
+            raise UserError("--precision: must not be bf16 with --sparsity-target, which moves units by less than bf16 "
+                            "can tell; got bf16. Use bf16x2")
         if len(self.layers) > 255:
             raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
 

@@ -8,6 +8,7 @@ import pytest
 from gpudbn import offsets, pretrain, reference
 from gpudbn.data import Rows, load
 from gpudbn.dbn import DBN
+from gpudbn.errors import UserError
 from gpudbn.offsets import Offsets
 from gpudbn.pretrain import LayerPhase, Piece
 from gpudbn.settings import Settings
@@ -240,6 +241,14 @@ def test_sparsity_brings_the_units_to_the_target(centring, apart):
     assert abs(found.mean() - 0.1) < 0.03, found
     assert np.abs(found - 0.1).max() < apart, found
     assert np.abs(activity(centring=centring) - 0.1).max() > 0.5
+
+
+def test_sparsity_is_refused_where_it_would_be_rounded_away():
+    with pytest.raises(UserError, match=r"--precision: must not be bf16 with --sparsity-target.*got bf16. Use bf16x2"):
+        Settings(precision="bf16", sparsity_target=0.1)
+    assert Settings(precision="bf16x2", sparsity_target=0.1).sparsity_target == 0.1
+    with pytest.raises(UserError, match=r"--sparsity-target: must lie between 0 and 1; got 1"):
+        Settings(sparsity_target=1)
 
 
 def test_without_options_there_are_no_offsets():

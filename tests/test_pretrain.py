@@ -144,6 +144,26 @@ def test_a_wrong_update_is_noticed(line, fault):
     assert_notices(lambda: check_update("pcd", 5), pretrain, line, fault)
 
 
+@pytest.mark.parametrize("name", ["bf16", "bf16x2", "tf32"])
+def test_gradients_have_the_precision_of_the_layer(name):
+    """The sums of an update, and the update, are those of ``cd_sums`` in it; and not those in float32."""
+    s = replace(SETTINGS, precision=name, learning_rate=0.1, momentum=0.0, decay=0.0)
+    made, out = [phase(settings=s) for _ in range(2)], np.empty(phase().parameters.size, np.float32)
+    found, plain = (Parameters(made[0].rbm.parameters.shapes) for _ in range(2))
+    for of in made:
+        of.dbn.set_precision(name)
+        of.begin_epoch(0)
+    start = made[0].parameters.copy()
+    made[0].sums(out, rows(), piece())
+    v, h = made[0].contrast.v[: 2 * COUNT], made[0].contrast.h[: 2 * COUNT]
+    for parts, precision in ((found, name), (plain, "fp32")):
+        reference.cd_sums(parts["W"], parts["b"], parts["c"], v, h, COUNT, precision=precision)
+    assert np.array_equal(out, found.flat)
+    assert not np.array_equal(out, plain.flat)
+    made[1].update(rows(), piece())
+    assert_close(made[1].parameters - start, 0.1 / COUNT * found.flat, atol=1e-6)
+
+
 def check_begin():
     s = replace(SETTINGS, epochs=(7,), momentum=(0.5, 0.9), momentum_epochs=3, schedule="exponential",
                 learning_rate=0.2, learning_rate_end=0.01)
