@@ -123,7 +123,7 @@ class Training:
                 self.graphs = self._make_graphs(phase, feed)
                 self.exchange.begin(phase.parameters)
                 while self.epoch < phase.epochs and not self._enough(phase):
-                    with without_kernels(plain):
+                    with without_kernels(plain), span(f"epoch {self.epoch + 1}"):
                         record = self._run_epoch(phase, feed)
                     if record is None:
                         return  # interrupted

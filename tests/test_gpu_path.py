@@ -202,7 +202,7 @@ def test_the_commands(tmp_path, capsys):
         assert_close(there[name], array, atol=TOLERANCE)
 
 
-def test_the_tests_for_a_gpu_themselves():
+def test_the_tests_for_a_gpu_themselves(monkeypatch):
     """Those of ``test_training_gpu.py`` that compare single updates: so that a GPU finds no mistake of theirs."""
     from tests import test_training_gpu as there
 
@@ -211,6 +211,8 @@ def test_the_tests_for_a_gpu_themselves():
         there.test_steps_of_fine_tuning_differ_by_rounding("adam", 0.004)
         there.test_steps_of_fine_tuning_differ_by_rounding("sgd", 0.3)
         there.test_staging_waits_for_the_kernels()
+        there.test_other_paths_differ_by_rounding("persistent", {"method": "pcd", "k": 2})
+        there.test_graphs_and_streams_give_the_bits_of_launches_one_by_one({"method": "pcd"}, monkeypatch)
 
 
 @pytest.mark.parametrize("make", [partial(optimiser.SGD, decay=0.1), partial(optimiser.Adagrad, decay=0.1),

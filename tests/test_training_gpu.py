@@ -13,9 +13,11 @@ import pytest
 
 from gpudbn import dbn, runs
 from gpudbn.arrays import to_cpu
-from gpudbn.data import load
+from gpudbn.data import DataSet, load
 from gpudbn.dbn import DBN
 from gpudbn.finetune import FinetunePhase
+from gpudbn.loop import Training
+from gpudbn.mpi.alone import Alone
 from gpudbn.mpi.wire import Staging
 from gpudbn.pretrain import LayerPhase, Piece
 from gpudbn.rbm import new_chains
@@ -51,6 +53,50 @@ def test_a_stopped_run_goes_on_with_the_same_bits():
     list(second.run())
     for name, array in whole.dbn.arrays().items():
         assert np.array_equal(array, second.dbn.arrays()[name]), name
+
+
+def pretrained(xp, rows, **options):
+    """Parameters of two layers after some epochs, of which some turns are graphs; rows may be on the host."""
+    settings = strong(**{"layers": (61, 47), "epochs": 3, "finetune_epochs": 0, **options})
+    net = DBN([rows.n, *settings.layers], xp)
+    data = DataSet("rows", rows, *[rows.select(range(0))] * 2, None, 0)
+    _, records = finished(Training(net, data, settings, Alone()))
+    return net.arrays(), {record["path"].partition(" ")[0] for record in records[:-1]}
+
+
+def same(one, other):
+    return all(np.array_equal(array, other[name]) for name, array in one.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 3, "binarise": "threshold"}, {"method": "pcd", "last_hidden": "sample"},
+                                     {"binarise": "stochastic", "data_hidden": "mean", "up": "mean"}])
+def test_graphs_and_streams_give_the_bits_of_launches_one_by_one(options, monkeypatch):
+    """Grey rows, as bytes: gathered from the device's memory, and streamed to it."""
+    import cupy
+
+    monkeypatch.setattr("gpudbn.loop.TURN", 7)
+    rows = load("digits").train.select(range(211))
+    expected, path = pretrained(cupy, rows.to(cupy), kernels="fused", **options)
+    assert path == {"fused"}
+    found, path = pretrained(cupy, rows.to(cupy), **options)
+    assert path == {"graph"}
+    assert same(found, expected)
+    streamed, path = pretrained(cupy, rows, **options)
+    assert path == {"graph"}
+    assert same(streamed, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "pcd", "binarise": "stochastic", "k": 2}])
+@pytest.mark.parametrize("kernels", ["persistent", "unfused"])
+def test_other_paths_differ_by_rounding(kernels, options):
+    """Samples alone cross the chip, so that nothing is rounded that would not be otherwise."""
+    import cupy
+
+    options = {"last_hidden": "sample", "finetune_epochs": 0, **options}
+    there, expected = (finished(training(cupy, strong(**options, kernels=path)))[0].dbn.arrays()
+                       for path in (kernels, "fused"))
+    for name, array in expected.items():
+        assert_close(there[name], array, atol=TOLERANCE)
 
 
 ESTIMATORS = [{}, {"method": "pcd", "k": 3}, {"reconstruction": "mean", "last_hidden": "sample"}]
