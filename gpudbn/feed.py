@@ -56,6 +56,11 @@ class Source(Protocol):
         """The classes of these rows: array (B,), int32."""
         ...
 
+    @property
+    def levels(self) -> int | None:
+        """See ``Rows.levels``."""
+        ...
+
 
 class Feed:
     """Rows for a model in the host's memory.
@@ -70,6 +75,11 @@ class Feed:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
+
+    @property
+    def levels(self) -> int | None:
+        """See ``Rows.levels``."""
+        return self.rows.levels
 
     def begin(self, order: np.ndarray) -> Any:
         """The epoch has this order, array (count,), int64; returns the positions whose slices ``take`` wants."""

@@ -30,6 +30,7 @@ from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
 from gpudbn.paths import Case, Path, choose_path
+from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import new_chains
 from gpudbn.settings import Settings
@@ -75,7 +76,7 @@ class Training:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
         dbn.about["binarise"] = settings.binarise  # measures and the finished model see rows as training does
-        dbn.set_precision(settings.precision)
+        dbn.set_precision(chosen(settings.precision, tensor_cores=dbn.xp is not np and settings.kernels != "unfused"))
         self.progress = progress
         self.interrupt = False
         self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches
@@ -241,7 +242,7 @@ class Training:
         return choose_path(s.kernels, Case(
             f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
             host_between=host, updates=len(self._shard(self._set(index).train)) // batch,
-            precision=s.precision if layer else "fp32",
+            precision=self.dbn.about["precision"] if layer else "fp32",
             means=("--data-hidden mean" if s.data_hidden == "mean" else
                    "--reconstruction mean" if s.reconstruction == "mean" else None),
             offsets=s.centring != "off" or s.sparsity_target is not None,

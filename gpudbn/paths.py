@@ -83,7 +83,7 @@ def _against(name: str, case: Case) -> str | None:
     if case.host_between:
         return f"{case.host_between} must act within each update"
     if name == "persistent":
-        return ("--precision must be fp32" if case.precision != "fp32" else
+        return (f"--precision {case.precision} is not its arithmetic" if case.precision not in ("fp32", "bf16x2") else
                 f"{case.means} lets means cross the chip" if case.means else
                 "--centring and --sparsity-target need each update's units" if case.offsets else
                 None if case.fits else "the layer or the minibatch does not fit on the chip")

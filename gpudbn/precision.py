@@ -20,6 +20,11 @@ TENSOR_CORES = ("bf16", "bf16x2", "tf32")  # what only these multiply, on a GPU
 PRECISIONS = ("fp32", *TENSOR_CORES, "exact")
 
 
+def chosen(asked: str, *, tensor_cores: bool) -> str:
+    """The precision for ``--precision``: auto is bf16x2 where tensor cores multiply, and fp32 elsewhere."""
+    return ("bf16x2" if tensor_cores else "fp32") if asked == "auto" else asked
+
+
 def check_precision(function: str, precision: str, known: Sequence[str] = PRECISIONS) -> None:
     """Refuse a precision that a function does not have."""
     if precision not in known:

@@ -214,10 +214,11 @@ class LayerPhase(Phase):
             self._visible(v[lo:hi], rows, first._replace(positions=positions[lo:hi],
                                                          update=first.update + lo // self.batch))
         samples = s.up == "sample" if self.layer else s.binarise != "none"
+        levels = 1 if samples else None if self.layer else rows.levels
         self.twins.cd_run(self.parameters, self.velocity, v, self.rbm.n, self.rbm.m, batch=self.batch,
-                          chains=self.chains, k=s.k, last_hidden=s.last_hidden, levels=1 if samples else None,
-                          seed=s.seed, update=first.update, layer=self.layer, row=first.row,
-                          chain_row=first.chain_row, rate=self.rate, momentum=self.momentum, decay=s.decay)
+                          chains=self.chains, k=s.k, last_hidden=s.last_hidden, levels=levels, seed=s.seed,
+                          update=first.update, layer=self.layer, row=first.row, chain_row=first.chain_row,
+                          rate=self.rate, momentum=self.momentum, decay=s.decay)
 
     def _inputs(self, rows: Source, positions: np.ndarray) -> Array:
         """Mean-field visible units of this layer for evaluation: no draws. Array (B, n)."""

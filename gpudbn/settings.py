@@ -127,10 +127,10 @@ class Settings:
 
     seed: int = option(1, "number behind every random draw", group="run", rule=SEED)
     device: str = option("auto", "where to compute", group="run", choices=("auto", "cpu", "gpu"))
-    precision: str = option("fp32", "arithmetic of layers: fp32; bf16x2, tf32 or bf16, which tensor cores multiply; "
+    precision: str = option("auto", "arithmetic of layers: fp32; bf16x2, tf32 or bf16, which tensor cores multiply; "
                             "exact, whose sums are of integers, so that all GPUs and CPUs come to the same bits. "
-                            "Fine-tuning stays fp32", group="run",
-                            choices=("fp32", "bf16x2", "tf32", "bf16", "exact"))
+                            "auto: bf16x2 on a GPU, else fp32. Fine-tuning stays fp32", group="run",
+                            choices=("auto", "fp32", "bf16x2", "tf32", "bf16", "exact"))
     kernels: str = option("auto", "how updates run on a GPU: graph (kernels in CUDA graphs), persistent (many updates "
                           "in one launch), fused (kernels one by one), unfused (CuPy and cuBLAS, to compare with); "
                           "auto: graph, or else fused", group="run",

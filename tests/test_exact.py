@@ -134,7 +134,7 @@ def test_it_learns_as_well_as_float32():
 
 
 def test_the_choices_are_the_precisions_there_are():
-    assert set(FIELDS["precision"].metadata["choices"]) == set(PRECISIONS)
+    assert set(FIELDS["precision"].metadata["choices"]) == {"auto", *PRECISIONS}
 
 
 def test_centred_units_are_refused():

@@ -29,7 +29,8 @@ def small_data(rows=71, n=13, classes=3, seed=0):
 
 def small_settings(**changes):
     base = {"layers": (11, 7), "epochs": 3, "batch": 8, "finetune_epochs": 4, "finetune_batch": 10,
-            "momentum_epochs": 1, "input_dropout": 0.1, "finetune_patience": 2, "learning_rate": 0.1}
+            "momentum_epochs": 1, "input_dropout": 0.1, "finetune_patience": 2, "learning_rate": 0.1,
+            "precision": "fp32"}
     return Settings(**{**base, **changes})
 
 

@@ -58,7 +58,7 @@ def test_the_rule(asked, case, name, why):
     ("graph", SLICED, "must be a path that layer 2 can take; got graph, but other replicas must act within each"),
     ("unfused", EXACT, "must be a path that layer 1 can take; got unfused, but --precision exact is kernels'"),
     ("persistent", SLICED, "got persistent, but other replicas must act within each update. Use auto"),
-    ("persistent", EXACT, "got persistent, but --precision must be fp32. Use auto"),
+    ("persistent", EXACT, "got persistent, but --precision exact is not its arithmetic. Use auto"),
     ("persistent", Case("layer 1", means="--data-hidden mean"), "but --data-hidden mean lets means cross the chip"),
     ("persistent", Case("layer 1", offsets=True), "but --centring and --sparsity-target need each update's units"),
     ("persistent", Case("layer 1", fits=False), "but the layer or the minibatch does not fit on the chip. Use auto"),

@@ -47,6 +47,14 @@ class Rows:
         return self.array.shape[1]
 
     @property
+    def levels(self) -> int | None:
+        """L where entries are multiples of 1 / L, for whole numbers kept as bytes or bits; None where they are not."""
+        if self.array.dtype == np.bool_:
+            return 1
+        steps = round(1 / self.scale)
+        return steps if self.array.dtype == np.uint8 and abs(steps * self.scale - 1) < 1e-6 else None
+
+    @property
     def kept(self) -> np.dtype:
         """What entries are kept as on a GPU: bytes, bits and halves as they are, all else as float32."""
         return self.array.dtype if self.array.dtype in (np.uint8, np.bool_, np.float16) else np.dtype(np.float32)
