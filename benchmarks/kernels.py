@@ -581,7 +581,8 @@ def main() -> int:
         from benchmarks import persistent
         from gpudbn import cuda
 
-        persistent.run(results, persistent.TOY if given.rehearse else persistent.CASES, cupy, cuda.gpu())
+        persistent.run(results, persistent.TOY if given.rehearse else persistent.CASES, cupy, cuda.gpu(),
+                       1 if given.rehearse else persistent.UPDATES)
     return 1 if results.failed else 0
 
 

@@ -79,9 +79,10 @@ class Long(kernels.Case):
 
     product = "float16 TFLOP/s"
 
-    def __init__(self, n: int, m: int, B: int) -> None:
+    def __init__(self, n: int, m: int, B: int, updates: int) -> None:
         super().__init__(n, m, B)
-        self.data = np.random.default_rng([n, m, B, UPDATES]).random((UPDATES * B, n), np.float32) ** 3
+        self.updates = updates
+        self.data = np.random.default_rng([n, m, B, updates]).random((updates * B, n), np.float32) ** 3
 
     def rows(self, levels: int) -> np.ndarray:
         """The data in so many levels."""
@@ -89,7 +90,7 @@ class Long(kernels.Case):
 
 
 def by_run(case: Long, xp: Any, launcher: Any, levels: int, momentum: float, **estimator: Any) -> Iterator[Work]:
-    """``UPDATES`` updates in a launch."""
+    """All updates in a launch."""
     from gpudbn import reference
 
     n, m, B = case.n, case.m, case.B
@@ -112,10 +113,11 @@ def by_run(case: Long, xp: Any, launcher: Any, levels: int, momentum: float, **e
     yield Work("CD-1 update", lambda: launcher.cd_run(parameters, velocity, v, n, m, **options), check)
 
 
-def run(results: kernels.Results, cases: list[tuple[int, int, int]], xp: Any, launcher: Any) -> None:
+def run(results: kernels.Results, cases: list[tuple[int, int, int]], xp: Any, launcher: Any,
+        updates: int = UPDATES) -> None:
     """Every case that fits: with samples and means at the end, bits and greys, with and without momentum."""
     for sizes in cases:
-        case = Long(*sizes)
+        case = Long(*sizes, updates)
         for last_hidden, levels, momentum in (("sample", 1, MOMENTUM), ("mean", 1, MOMENTUM), ("mean", GREYS, MOMENTUM),
                                               ("sample", 1, 0.0)):
             by = (f"kernels, persistent, last h {last_hidden}, {'bits' if levels == 1 else 'greys'}"
@@ -125,7 +127,7 @@ def run(results: kernels.Results, cases: list[tuple[int, int, int]], xp: Any, la
                     continue
                 for work in by_run(case, xp, launcher, levels, momentum, last_hidden=last_hidden):
                     work.check()
-                    results.add(case, by, work.what, kernels.timed(xp, work.call, divided=UPDATES))
+                    results.add(case, by, work.what, kernels.timed(xp, work.call, divided=updates))
 
 
 if __name__ == "__main__":

@@ -502,7 +502,6 @@ def test_runs_on_the_chip_are_held_to_numpy_before_they_are_timed(tmp_path, monk
     from gpudbn.cuda import persistent as launches
 
     monkeypatch.setattr(kernels, "repeats", 1)
-    monkeypatch.setattr(persistent, "UPDATES", 2)
     results = kernels.Results(tmp_path / "kernels.json", {})
     text = "last_mean, seed, update,"
     with installed(processors=3), contextlib.ExitStack() as stack:
@@ -510,7 +509,7 @@ def test_runs_on_the_chip_are_held_to_numpy_before_they_are_timed(tmp_path, monk
 
         if fault:
             stack.enter_context(planted(launches, text, text.replace("update", fault)))
-        persistent.run(results, persistent.TOY, cupy, cuda.gpu())
+        persistent.run(results, persistent.TOY, cupy, cuda.gpu(), 2)
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert len(rows) == (0 if fault else 4), results.content["failures"]
     assert results.failed == (4 if fault else 0)
