@@ -98,7 +98,7 @@ def test_whole_numbers_are_known_as_such(array, scale, levels):
 ])
 def test_a_turn_that_does_something_else_is_noticed(module, line, fault, monkeypatch):
     monkeypatch.setattr("gpudbn.loop.TURN", 2)
-    options = {"momentum": 0.8}
+    options = {"momentum": 0.8, "up": "mean"}
     expected = by_the_twin(options)
     monkeypatch.setattr("tests.test_persistent.by_the_twin", lambda *_: expected)
     with planted(module, line, fault), pytest.raises(AssertionError):
