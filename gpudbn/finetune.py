@@ -115,6 +115,9 @@ class FinetunePhase(Phase):
         self.shards.sum_(a[-1])
         return [*inputs, a[-2]]
 
+    def begin_turn(self) -> None:
+        """Updates use the parameters where they are."""
+
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (size,) <- the sum over rows of the gradient of log p(label)."""
         count, xp = len(piece.positions), self.xp

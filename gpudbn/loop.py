@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpudbn.arrays import Array, is_gpu, to_cpu
+from gpudbn.cuda.wgmma import tiles
 from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
 from gpudbn.draws import Purpose, permutation, replica_row, site
@@ -29,6 +30,7 @@ from gpudbn.errors import NonFiniteError, UserError
 from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
+from gpudbn.large import LargeLayerPhase
 from gpudbn.paths import Case, Path, choose_path
 from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
@@ -150,7 +152,8 @@ class Training:
                 chains = self.dbn.xp.asarray(kept["chains"] if kept else new_chains(
                     high - low, self.dbn.layers[self.index], seed=s.seed, layer=self.index,
                     row=self._first_row() + low))
-            layer = LayerPhase(self.dbn, self.index, s, rows=rows, chains=chains)
+            kind = LargeLayerPhase if self.paths[self.index].name == "wgmma" else LayerPhase
+            layer = kind(self.dbn, self.index, s, rows=rows, chains=chains)
             if not kept:
                 layer.initialise(self.data.train)
             phase = layer
@@ -220,6 +223,7 @@ class Training:
         """The updates of the epoch up to ``end``: the full batches as one graph, if there are graphs."""
         first, batch = self.position, phase.batch
         feed.turn(first * batch, self._rows(positions, phase, first, end))
+        phase.begin_turn()
         if self.paths[self.index].name == "persistent" and isinstance(phase, LayerPhase):
             (piece,) = self._pieces(phase, positions[first * batch : first * batch + batch])
             phase.run(feed, positions[first * batch : end * batch], piece)
@@ -246,7 +250,7 @@ class Training:
             means=("--data-hidden mean" if s.data_hidden == "mean" else
                    "--reconstruction mean" if s.reconstruction == "mean" else None),
             offsets=s.centring != "off" or s.sparsity_target is not None,
-            fits=layer and s.kernels == "persistent" and self._fits(index)))
+            fits=layer and s.kernels == "persistent" and self._fits(index), **self._large(index)))
 
     def _fits(self, index: int) -> bool:
         """Whether the parameters of a layer fit on the chip of this GPU."""
@@ -254,9 +258,17 @@ class Training:
         return self.dbn.xp is not np and twins_of(rbm.W).cd_run_fits(
             rbm.n, rbm.m, self.settings.batch, momentum=any(self.settings.momentum))
 
+    def _large(self, index: int) -> dict[str, Any]:
+        """What decides whether a layer is large for this GPU."""
+        if self.dbn.xp is np or index >= self.depth:
+            return {}
+        rbm, rows, gpu = self.dbn.layers[index], self.settings.batch, twins_of(self.flag)
+        return {"architecture": gpu.architecture, "processors": gpu.processors,
+                "tiles": min(tiles(rows, rbm.n), tiles(rows, rbm.m), tiles(rbm.n, rbm.m))}
+
     def _make_graphs(self, phase: Phase, feed: Feed) -> Graphs | None:
         """What repeats turns, if this phase's path is that."""
-        if self.paths[self.index].name != "graph":
+        if not self.paths[self.index].graph:
             return None
 
         def launch(count: int, clock: Array, turn: Array) -> None:

@@ -30,13 +30,14 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
     kept = FLOAT * sum(layers)
     pieces = 8 if s.order == "fixed" else 1  # of a batch, each with a gradient of its own
+    copies = {"bf16": 2, "bf16x2": 4}.get(s.precision, 0) if s.kernels in ("auto", "wgmma") else 0  # bytes a weight
     phases = []
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
         vectors = 4 if pieces == 1 else pieces + 3  # two more while initial weights are made
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
-                       "chains": FLOAT * chains})
+                       "chains": FLOAT * chains, "copies in bf16": copies * n * m})
     if s.finetune_epochs and classes:
         widths = [*sizes, classes]
         network = sum(n * m + m for n, m in itertools.pairwise(widths))

@@ -5,14 +5,18 @@
     fused       kernels of ours, launched one by one
     graph       the same launches, repeated as a CUDA graph of a whole turn
     persistent  a whole turn in one launch, with the weights on the chip (``reference.cd_run``)
+    wgmma       kernels of Hopper's tensor cores for large layers in bf16, in a CUDA graph where it can be
 
-``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken.
+``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken: wgmma only with ``--precision``
+bf16 or bf16x2, and where each product of the layer has tiles for half of the processors.
 
 The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
 140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products take hundreds of microseconds the
-paths with kernels do not differ, and a graph costs nothing. One persistent launch is predicted at 7 to 10 us an
-update; it has not been run on a GPU, rounds means of hidden units, and so is not taken unless asked for.
+paths with kernels do not differ, and a graph costs nothing. There the products decide: on Hopper wgmma makes them
+about 1.6 times as fast as older instructions on all processors; with tiles for fewer than half it is slower.
+One persistent launch is predicted at 7 to 10 us an update; it has not been run on a GPU, rounds means of hidden
+units, and so is not taken unless asked for.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from dataclasses import dataclass
 
 from gpudbn.errors import UserError
 
-ORDER = ("graph", "fused")  # of auto, on a GPU
-CHOICES = ("auto", "graph", "persistent", "fused", "unfused")
+ORDER = ("wgmma", "graph", "fused")  # of auto, on a GPU
+CHOICES = ("auto", "wgmma", "graph", "persistent", "fused", "unfused")
+WGMMA, BF16 = "sm_90", ("bf16", "bf16x2")  # the architecture that has it; the precisions it has
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,17 @@ class Case:
     updates : int
         Equal updates of an epoch: those of full batches.
     precision : str
-        CuPy's operations have float32 alone.
+        CuPy's operations have float32 alone, wgmma bf16 and bf16x2.
     means : str or None
         An option under which states that are not samples cross the chip: ``--data-hidden mean``.
     offsets : bool
         Units are centred or drawn to a target of sparsity.
     fits : bool
         The layer, its velocity and a minibatch fit on the chip.
+    architecture : str
+        Of the GPU: ``sm_90``.
+    tiles, processors : int
+        Tiles of wgmma in the smallest of the layer's products, and what they are spread over.
     """
 
     what: str
@@ -59,14 +68,18 @@ class Case:
     means: str | None = None
     offsets: bool = False
     fits: bool = True
+    architecture: str = "sm_80"
+    tiles: int = 0
+    processors: int = 1
 
 
 @dataclass(frozen=True)
 class Path:
-    """A way for updates to take, and why it is taken."""
+    """A way for updates to take, and why it is taken; ``graph``: whether turns are CUDA graphs."""
 
     name: str
     why: str
+    graph: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})"
@@ -76,6 +89,8 @@ def _against(name: str, case: Case) -> str | None:
     """Why a path cannot be taken, or None."""
     if name == "unfused" and case.precision != "fp32":
         return f"--precision {case.precision} is kernels'"
+    if name == "wgmma":
+        return _against_wgmma(case)
     if name in ("fused", "unfused"):
         return None
     if case.finetune:
@@ -89,6 +104,36 @@ def _against(name: str, case: Case) -> str | None:
                 None if case.fits else "the layer or the minibatch does not fit on the chip")
     if case.updates < 2:
         return f"an epoch has {case.updates} full batches, and nothing repeats"
+    return None
+
+
+def _against_wgmma(case: Case) -> str | None:
+    """Why wgmma cannot be taken, or None."""
+    if case.finetune:
+        return "it has no kernels of fine-tuning"
+    if case.architecture != WGMMA:
+        return f"the GPU is {case.architecture}, and {WGMMA} has it alone"
+    if case.precision not in BF16:
+        return f"--precision {case.precision} is not bf16 or bf16x2"
+    if case.host_between:
+        return f"{case.host_between} must act within each update"
+    if case.offsets:
+        return "--centring and --sparsity-target need sums that its step does not make"
+    return None
+
+
+def _path(name: str, why: list[str], case: Case) -> Path:
+    """The path; wgmma is taken in CUDA graphs where these can be."""
+    no_graph = _against("graph", case)
+    if name == "wgmma" and no_graph:
+        why = [*why, f"no graph: {no_graph}"]
+    return Path(name, "; ".join(why) or "the first choice", name == "graph" or (name == "wgmma" and not no_graph))
+
+
+def _too_small(name: str, case: Case) -> str | None:
+    """Why a path that can be taken is not the first choice, or None."""
+    if name == "wgmma" and 2 * case.tiles < case.processors:
+        return f"{case.tiles} tiles are too few for {case.processors} processors"
     return None
 
 
@@ -111,13 +156,13 @@ def choose_path(asked: str, case: Case) -> Path:
             raise UserError(f"--kernels: must be auto without a GPU; got {asked}")
         return Path("numpy", "no GPU")
     if asked == "auto":
-        against = {name: _against(name, case) for name in ORDER}
-        name = next(name for name in ORDER if against[name] is None)
-        passed = "; ".join(f"no {other}: {against[other]}" for other in ORDER[: ORDER.index(name)])
-        return Path(name, passed or "the first choice")
+        order = ORDER if case.precision in BF16 else tuple(name for name in ORDER if name != "wgmma")
+        against = {name: _against(name, case) or _too_small(name, case) for name in order}
+        name = next(name for name in order if against[name] is None)
+        return _path(name, [f"no {other}: {against[other]}" for other in order[: order.index(name)]], case)
     reason = _against(asked, case)
     if reason is None:
-        return Path(asked, "--kernels")
+        return _path(asked, ["--kernels"], case)
     if case.finetune:
         return Path("fused", f"no {asked}: {reason}")
     raise UserError(f"--kernels: must be a path that {case.what} can take; got {asked}, but {reason}. Use auto")

@@ -62,6 +62,10 @@ class Phase(Protocol):
         """Set the rates of epoch ``epoch`` (from 0); returns them for the record."""
         ...
 
+    def begin_turn(self) -> None:
+        """Updates follow; since the last ones others may have changed the parameters."""
+        ...
+
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (exchanged,) <- sums over the rows of a piece: the gradient, uphill, and what more ``step`` needs."""
         ...
@@ -107,7 +111,7 @@ class LayerPhase(Phase):
         self.batch, self.patience = settings.batch, settings.patience
         estimator = Estimator(settings.method, settings.k, settings.data_hidden, settings.last_hidden,
                               settings.reconstruction)
-        self.contrast = Contrast(self.rbm, rows, estimator, seed=settings.seed, layer=layer, chains=chains)
+        self.contrast = self._contrast(rows, estimator)
         n, m = self.rbm.n, self.rbm.width
         centring, target = settings.centring != "off", settings.sparsity_target
         self.offsets = Offsets(n, m, len(self.contrast.v), centring=centring, target=target,
@@ -124,6 +128,9 @@ class LayerPhase(Phase):
         self.turn = dbn.xp.empty((0, n), np.float32)  # visible units of the updates of one launch
         self.rates = dbn.xp.zeros(3, np.float32)  # of updates that a CUDA graph repeats: of full batches
 
+    def _contrast(self, rows: int, estimator: Estimator) -> Contrast:
+        return Contrast(self.rbm, rows, estimator, seed=self.settings.seed, layer=self.layer, chains=self.chains)
+
     def state(self) -> dict[str, Array]:
         """What a checkpoint keeps besides parameters and chains."""
         return {"velocity": self.velocity, **(self.offsets.state if self.offsets else {})}
@@ -137,6 +144,9 @@ class LayerPhase(Phase):
         self.rates[...] = self.dbn.xp.asarray(
             np.array([self.rate * (1 / self.batch), self.momentum, self.rate * s.decay], np.float32))
         return {"learning_rate": self.rate, "momentum": self.momentum}
+
+    def begin_turn(self) -> None:
+        """Updates use the parameters where they are."""
 
     def _visible(self, out: Array, rows: Source, piece: Piece) -> None:
         """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""
@@ -161,7 +171,7 @@ class LayerPhase(Phase):
     def _fill(self, rows: Source, piece: Piece) -> tuple[Array, Array]:
         count = len(piece.positions)
         if count:
-            self._visible(self.contrast.v[:count], rows, piece)
+            self._visible(self.contrast.data[:count], rows, piece)
         return self.contrast.fill(count, update=piece.update, row=piece.row, chains=piece.chains,
                                   chain_row=piece.chain_row, clock=piece.clock)
 

@@ -204,7 +204,8 @@ class Contrast:
     """The buffers of one CD-k or PCD update, allocated once, and what fills them.
 
     ``v`` and ``h`` hold the data phase in their first rows and the model phase behind it, so that
-    both gradient products are one (``reference.cd_sums``).
+    both gradient products are one (``reference.cd_sums``). ``data``, array (rows, n), float32, is where the
+    caller puts the data rows.
 
     Parameters
     ----------
@@ -220,8 +221,14 @@ class Contrast:
         xp = module_of(rbm.W)
         model_rows = rows if chains is None else len(chains)
         self.rbm, self.estimator, self.seed, self.layer, self.chains = rbm, estimator, seed, layer, chains
-        self.v = xp.empty((rows + model_rows, rbm.n), np.float32)
-        self.h = xp.empty((rows + model_rows, rbm.width), np.float32)
+        self.v = self._units(xp, rows + model_rows, rbm.n)
+        self.h = self._units(xp, rows + model_rows, rbm.width)
+        self.data = self.v[:rows]
+
+    @staticmethod
+    def _units(xp: Any, rows: int, units: int) -> Array:
+        """Room for the states of some units: array (rows, units)."""
+        return xp.empty((rows, units), np.float32)
 
     def fill(self, rows: int, *, update: int, row: int, chains: slice = slice(0), chain_row: int = 0,
              clock: Array | None = None) -> tuple[Array, Array]:
@@ -230,7 +237,7 @@ class Contrast:
         Parameters
         ----------
         rows : int
-            Data rows; the caller has put them in ``self.v[:rows]``.
+            Data rows; the caller has put them in ``self.data[:rows]``.
         update, row : int
             Address of the draws: the number of the update, the position of the first row in the global batch.
         chains : slice

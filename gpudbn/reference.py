@@ -25,7 +25,8 @@ from gpudbn.scratch import PIECE, Scratch
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "categorical", "cd_adagrad", "cd_run",
            "cd_sgd", "cd_sums", "cd_update", "cd_update_wgmma", "centre", "cross_entropy", "dropout", "free_energy",
            "gather", "gaussian", "half_step", "half_step_wgmma", "momentum_step", "normals", "note_not_finite",
-           "offsets_step", "sgd_step", "sigmoid", "sigmoid_backward", "squared_errors", "uniforms"]
+           "offsets_step", "sgd_step", "sigmoid", "sigmoid_backward", "squared_errors", "to_bf16", "to_float",
+           "uniforms"]
 
 _scratch = Scratch()
 
@@ -672,6 +673,26 @@ def cd_update_wgmma(parameters, velocity, W, v0, h0, vk, hk, *, W_low=None, mode
     W[:] = round_to_bf16(weights)
     if W_low is not None:
         W_low[:] = round_to_bf16(weights - from_bf16(W))
+
+
+def to_bf16(high, x, *, low=None):
+    """high <- x rounded to bf16, low <- what rounding took from it, rounded too.
+
+    Parameters
+    ----------
+    high, low : array (rows, m), uint16 (bf16); low may be None
+        On a GPU their rows begin at multiples of 16 bytes, and what pads them is overwritten.
+    x : array (rows, m), float32
+    """
+    high[:] = round_to_bf16(x)
+    if low is not None:
+        with np.errstate(invalid="ignore"):  # an infinity leaves NaN
+            low[:] = round_to_bf16(x - from_bf16(high))
+
+
+def to_float(x, high):
+    """x <- the values of bf16: array (rows, m), float32, of high (rows, m), uint16, as ``to_bf16`` makes it."""
+    x[:] = from_bf16(high)
 
 
 def gaussian(sample, mean, sd, *, seed, update, site, row=0, column=0, columns=None, clock=None):

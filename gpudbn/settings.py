@@ -131,10 +131,11 @@ class Settings:
                             "exact, whose sums are of integers, so that all GPUs and CPUs come to the same bits. "
                             "auto: bf16x2 on a GPU, else fp32. Fine-tuning stays fp32", group="run",
                             choices=("auto", "fp32", "bf16x2", "tf32", "bf16", "exact"))
-    kernels: str = option("auto", "how updates run on a GPU: graph (kernels in CUDA graphs), persistent (many updates "
-                          "in one launch), fused (kernels one by one), unfused (CuPy and cuBLAS, to compare with); "
-                          "auto: graph, or else fused", group="run",
-                          choices=("auto", "graph", "persistent", "fused", "unfused"))
+    kernels: str = option("auto", "how updates run on a GPU: wgmma (large layers in bf16 on Hopper), graph (kernels in "
+                          "CUDA graphs), persistent (many updates in one launch), fused (kernels one by one), unfused "
+                          "(CuPy and cuBLAS, to compare with); auto: wgmma where a layer is large and --precision is "
+                          "bf16 or bf16x2, graph, or else fused", group="run",
+                          choices=("auto", "wgmma", "graph", "persistent", "fused", "unfused"))
     resident: str = option("auto", "training rows in the GPU's memory: yes, no (they stream from the host), or yes if "
                            "there is room", group="run", choices=("auto", "yes", "no"))
     threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "

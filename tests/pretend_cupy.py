@@ -46,6 +46,7 @@ class Device:
 
     processors: int = 1  # multiprocessors: 1 makes the launcher choose large tiles, 10**9 small ones
     memory: int = 1 << 34  # bytes
+    capability: str = "80"
     held: int = 0  # bytes of the arrays that there are
     most_held: int = 0
     copied: list[tuple[str, np.dtype, int]] = field(default_factory=list)  # direction, dtype, entries
@@ -590,7 +591,8 @@ class _Device:
     def attributes(self):
         return {"MultiProcessorCount": device.processors, "MaxSharedMemoryPerBlockOptin": 227 << 10}
 
-    compute_capability = "80"
+    compute_capability = property(lambda _: device.capability)
+
     @property
     def mem_info(self):
         return device.memory - device.held, device.memory

@@ -32,7 +32,7 @@ FLOORS = """
     mpi/__init__
     dbn memory
     pretrain
-    finetune
+    finetune large
     loop runs plots
     _command
 """

@@ -1,5 +1,7 @@
 """Launches of the products of one large layer on Hopper's tensor cores: ``half_step_wgmma.cu``, ``cd_update_wgmma.cu``.
 
+And of ``bf16.cu``, which makes their matrices.
+
 Matrices of bf16 are arrays of uint16 (see ``precision.round_to_bf16``) whose rows begin at
 multiples of 16 bytes, as the copy engine demands; ``padded`` makes them. The engine is told where
 a matrix lies by a tensor map, which the driver encodes.
@@ -41,6 +43,7 @@ UNITS: Mapping[str, Unit] = {
     "half_step_wgmma": Unit("half_step_wgmma.cu", {"half_step_wgmma": _HALF_STEP,
                                                    "half_step_wgmma_transposed": _HALF_STEP}, **_HOPPER),
     "cd_update_wgmma": Unit("cd_update_wgmma.cu", {"cd_update_wgmma": _CD_UPDATE}, **_HOPPER),
+    "bf16": Unit("bf16.cu", {"to_bf16": (*(POINTER,) * 3, *(_I4,) * 3), "to_float": (*(POINTER,) * 2, *(_I4,) * 3)}),
 }
 
 _UINT16, _FLOAT32 = np.dtype(np.uint16), np.dtype(np.float32)
@@ -50,6 +53,11 @@ def padded(xp: Any, rows: int, columns: int, dtype: Any = np.uint16) -> Array:
     """An array (rows, columns) of zeros whose rows begin at multiples of 16 bytes; bf16 unless said otherwise."""
     wide = ROW_BYTES // np.dtype(dtype).itemsize
     return xp.zeros((rows, -(-columns // wide) * wide), dtype)[:, :columns]
+
+
+def tiles(rows: int, columns: int) -> int:
+    """Tiles of a product of this shape: what a processor works on at once."""
+    return -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)
 
 
 # ------------------------------------------------------------------------------------------------- tensor maps
@@ -222,6 +230,29 @@ class Wgmma(Door):
                      *maps, n, m, rows, C, W.strides[0] // 2, model_weight, rate * (1 / rows), momentum, rate * decay,
                      self._rates("cd_update_wgmma", rates), shared=SHARED_BYTES)
 
+    def to_bf16(self, high, x, *, low=None):
+        """See ``reference.to_bf16``. Of any device."""
+        rows, m = self._check("to_bf16", "x", x, "rows", "m")
+        outputs = {"high": high} if low is None else {"high": high, "low": low}
+        for name, array in outputs.items():
+            self._check_rows("to_bf16", name, array, rows, m)
+        if low is not None:
+            if low.strides[0] != high.strides[0]:
+                raise ValueError(f"to_bf16: high and low must have rows equally far apart; "
+                                 f"got {high.strides[0]} and {low.strides[0]} bytes")
+            self._check_apart("to_bf16", {"low": low}, {"high": high})
+        if x.size:
+            self._check_apart("to_bf16", outputs, {"x": x})
+            self._launch_elementwise("bf16", "to_bf16", rows * -(-m // 4), high, low, x, rows, m, high.strides[0] // 2)
+
+    def to_float(self, x, high):
+        """See ``reference.to_float``. Of any device."""
+        rows, m = self._check("to_float", "x", x, "rows", "m")
+        self._check_rows("to_float", "high", high, rows, m)
+        if x.size:
+            self._check_apart("to_float", {"x": x}, {"high": high})
+            self._launch_elementwise("bf16", "to_float", rows * -(-m // 4), x, high, rows, m, high.strides[0] // 2)
+
     def _demand(self, function: str) -> None:
         if self.architecture != ARCHITECTURE:
             raise RuntimeError(f"{function}: the device must be of compute capability 9.0 (H100, H200); "
@@ -229,7 +260,7 @@ class Wgmma(Door):
 
     def _blocks(self, rows: int, columns: int) -> tuple[int]:
         """Blocks stay and take tiles in turn: one for each processor, or for each tile."""
-        return (min(self.processors, -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)),)
+        return (min(self.processors, tiles(rows, columns)),)
 
     def _map(self, array: Array, box_rows: int) -> np.ndarray:
         rows, columns = array.shape

@@ -249,6 +249,44 @@ def test_cd_update_by_samples_is_exact(launcher):
     check_cd_update(launcher, 67, 263, 131, 131, w=1.0, binary=True)
 
 
+# ------------------------------------------------------------------------------------------------- matrices of bf16
+
+
+def check_bf16(launcher, rows=7, m=13, offset=0, low=True):
+    """Both ways, with the bits of the twins."""
+    arrays, x = Rows(launcher, offset), np.random.default_rng(m).normal(size=(rows, m)).astype(np.float32)
+    x[0, 0], x[-1, -1] = 1 + 2.0**-8, np.nan
+    high, rest, back = arrays.empty_rows(rows, m), arrays.empty_rows(rows, m) if low else None, arrays.empty(rows, m)
+    launcher.to_bf16(high, arrays.put(x), low=rest)
+    launcher.to_float(back, high)
+    twin, twin_rest, twin_back = np.empty((rows, m), np.uint16), np.empty((rows, m), np.uint16), np.empty_like(x)
+    reference.to_bf16(twin, x, low=twin_rest)
+    reference.to_float(twin_back, twin)
+    assert np.array_equal(arrays.values(high), as_bf16(x), equal_nan=True)
+    assert np.array_equal(to_cpu(high), twin)
+    if low:
+        assert np.array_equal(arrays.values(rest), as_bf16(x - as_bf16(x)), equal_nan=True)
+        assert np.array_equal(to_cpu(rest), twin_rest)
+    assert np.array_equal(arrays.get(back), as_bf16(x), equal_nan=True)
+    assert np.array_equal(twin_back, as_bf16(x), equal_nan=True)
+    arrays.passed("to_bf16")
+    arrays.passed("to_float")
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 523])
+def test_matrices_are_rounded_and_come_back(launcher, m):
+    check_bf16(launcher, m=m)
+    check_bf16(launcher, rows=1, m=m, offset=1, low=False)
+
+
+@pytest.mark.parametrize(("text", "becomes"), [
+    ("first.y, rest.y)", "first.y, rest.x)"), ("low + r * pitch", "low + r * m"), ("high + r * pitch + j) = first",
+                                                                               "high + r * m + j) = first"),
+    ("bf16_second(pairs.x)", "bf16_first(pairs.x)"), ("* quads; i += step", "* quads - 1; i += step")])
+def test_other_rounding_is_noticed(text, becomes):
+    assert sees_fault(text, becomes, lambda launcher: check_bf16(launcher, m=12))
+
+
 # ------------------------------------------------------------------------------------------------ sizes of use
 
 
