@@ -13,8 +13,8 @@ bf16 or bf16x2, and where each product of the layer has tiles for half of the pr
 The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
 140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products take hundreds of microseconds the
-paths with kernels do not differ, and a graph costs nothing. There the products decide: on Hopper wgmma makes them
-about 1.6 times as fast as older instructions on all processors; with tiles for fewer than half it is slower.
+paths with kernels do not differ, and a graph costs nothing. There the products decide: on Hopper wgmma is expected
+to make them some 1.6 times as fast as older instructions on all processors, and slower with tiles for less than half.
 One persistent launch is predicted at 7 to 10 us an update; it has not been run on a GPU, rounds means of hidden
 units, and so is not taken unless asked for.
 """
