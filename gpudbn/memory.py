@@ -17,6 +17,7 @@ from gpudbn.arrays import free_memory
 from gpudbn.data import DataSet
 from gpudbn.errors import UserError
 from gpudbn.feed import AT_ONCE
+from gpudbn.precision import chosen
 from gpudbn.settings import Settings
 
 FLOAT = 4
@@ -30,7 +31,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
     kept = FLOAT * sum(layers)
     pieces = 8 if s.order == "fixed" else 1  # of a batch, each with a gradient of its own
-    copies = {"bf16": 2, "bf16x2": 4}.get(s.precision, 0) if s.kernels in ("auto", "wgmma") else 0  # bytes a weight
+    copies = {"bf16": 2, "bf16x2": 4}.get(chosen(s.precision, tensor_cores=True), 0)  # bytes a weight, by wgmma
+    copies *= s.kernels in ("auto", "wgmma")
     phases = []
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)

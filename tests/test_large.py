@@ -258,6 +258,7 @@ def test_a_run_tells_the_case_as_it_is():
             (1, "90", {"precision": "bf16", "batch": 20, "layers": (300, 257)}, ["wgmma", "wgmma", "fused"]),
             (4, "90", {"precision": "bf16", "layers": (300, 257)}, ["graph", "wgmma", "fused"]),
             (1, "80", {"precision": "bf16"}, ["graph", "graph", "fused"]),
+            (1, "90", {"precision": "auto"}, ["wgmma", "wgmma", "fused"]),
             (1, "90", {"precision": "bf16x2", "centring": "data"}, ["graph", "graph", "fused"]),
             (1, "90", {"precision": "bf16x2", "sparsity_target": 0.1}, ["graph", "graph", "fused"]),
             (1, "90", {}, ["graph", "graph", "fused"])]:
@@ -270,6 +271,6 @@ def test_a_run_tells_the_case_as_it_is():
 
 def test_the_copies_are_counted():
     counted = [memory.model_bytes(strong(finetune_epochs=0, **options), [13, 11, 7], 0).get("copies in bf16")
-               for options in ({}, {"precision": "bf16"}, {"precision": "bf16x2"},
+               for options in ({}, {"precision": "bf16"}, {"precision": "bf16x2"}, {"precision": "auto"},
                                {"precision": "bf16x2", "kernels": "graph"})]
-    assert counted == [0, 2 * 13 * 11, 4 * 13 * 11, 0]
+    assert counted == [0, 2 * 13 * 11, 4 * 13 * 11, 4 * 13 * 11, 0]
