@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpudbn import dbn, runs
+from gpudbn import cuda, dbn, runs
 from gpudbn.arrays import to_cpu
+from gpudbn.cuda import wgmma
 from gpudbn.data import DataSet, load
 from gpudbn.dbn import DBN
 from gpudbn.finetune import FinetunePhase
@@ -40,6 +41,22 @@ def test_a_whole_run_ends_where_the_numpy_run_ends(options):
     for name, array in here.dbn.arrays().items():
         assert_close(there.dbn.arrays()[name], array, atol=TOLERANCE)
     assert_close(records[-1]["loss"], expected[-1]["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16x2", "k": 3},
+                                     {"precision": "bf16", "method": "pcd", "k": 2}])
+def test_large_layers_by_wgmma_end_where_the_numpy_run_ends(options):
+    """All units are samples, from which bf16 takes nothing."""
+    import cupy
+
+    if cuda.gpu().architecture != wgmma.ARCHITECTURE:
+        pytest.skip(f"wgmma: the device is {cuda.gpu().architecture}")
+    options = {"finetune_epochs": 0, "last_hidden": "sample", **options}
+    here, _ = finished(training(np, strong(**options)))
+    there, records = finished(training(cupy, strong(**options, kernels="wgmma")))
+    for name, array in here.dbn.arrays().items():
+        assert_close(there.dbn.arrays()[name], array, atol=TOLERANCE)
+    assert all(record["path"] == "wgmma (--kernels)" for record in records[:-1])
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits():
