@@ -73,7 +73,7 @@ class Arrays:
         return to_cpu(array)
 
     def passed(self, kernel):
-        record(kernel, "on CPU" if self.on_cpu else "on GPU")
+        record(kernel, "on CPU", runtime.schedule()) if self.on_cpu else record(kernel, "on GPU")
 
 
 def host_uniforms(B, m, address, column, columns):

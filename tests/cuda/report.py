@@ -10,7 +10,7 @@ _done: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
 
 
 def record(kernel: str, rung: str, detail: str = "") -> None:
-    """Note that a kernel has passed: rung is ``compiled`` (detail: for what), ``on CPU`` or ``on GPU``."""
+    """Note that a kernel has passed: rung is ``compiled`` (detail: for what), ``on CPU`` (schedule) or ``on GPU``."""
     if detail not in _done[kernel][rung]:
         _done[kernel][rung].append(detail)
 
@@ -23,7 +23,7 @@ def pytest_terminal_summary(terminalreporter):
     rows = [("", "compiled for", "run on CPU", "run on GPU")]
     for kernel in cuda.KERNELS:
         done = _done[kernel]
-        rows.append((kernel, " ".join(done["compiled"]) or "no", "yes" if done["on CPU"] else "no",
+        rows.append((kernel, " ".join(done["compiled"]) or "no", " ".join(done["on CPU"]) or "no",
                      "yes" if done["on GPU"] else "no"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -161,7 +161,6 @@ def test_uniforms_of_more_than_the_threads_of_a_chip(launcher):
     check_uniforms(launcher, 2049, 2047, FAR, 3, 3001)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("column", "columns"), COLUMNS)
@@ -170,7 +169,6 @@ def test_bernoulli(launcher, column, columns, in_place):
         check_bernoulli(launcher, B, m, FAR, column, columns, in_place)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize(("column", "columns"), COLUMNS)
 def test_activate(launcher, column, columns):
@@ -207,7 +205,6 @@ def test_a_clock_is_added_to_the_update(launcher):
     assert np.array_equal(twin, expected)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize(("column", "columns"), [(0, None), (16, 1001), (6, 157), (6, None)])
 def test_normals(launcher, column, columns):
@@ -222,7 +219,6 @@ def test_normals_of_a_million_uniforms(launcher):
     check_normals(launcher, 1031, 1009, FAR, 0, None)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize(("column", "columns"), COLUMNS)
 def test_dropout(launcher, column, columns):

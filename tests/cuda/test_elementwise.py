@@ -109,7 +109,6 @@ def check_sigmoid_backward(launcher, shape, keep, offset=0):
     arrays.passed("sigmoid_backward")
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize("keep", [1.0, 0.7])
 def test_sigmoid_backward(launcher, keep):
@@ -118,7 +117,6 @@ def test_sigmoid_backward(launcher, keep):
     check_sigmoid_backward(launcher, (5, 8), keep, offset=1)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_momentum_step(launcher):
     for size, weights in [(1, 1), (1009, 900), (10007, 0), (4096, 4096)]:
@@ -126,7 +124,6 @@ def test_momentum_step(launcher):
     check_momentum_step(launcher, 1009, 900, decay=0.0)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 @pytest.mark.parametrize("rule", KEPT)
 def test_decoupled_steps(launcher, rule):
@@ -203,7 +200,6 @@ def test_momentum_step_leaves_infinite_parameters_alone_without_decay(launcher):
     assert arrays.get(velocity).tolist() == [0.5, 0.5]
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_sigmoid(launcher):
     check_sigmoid(launcher)

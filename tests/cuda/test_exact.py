@@ -195,7 +195,6 @@ def test_the_twin_of_the_sigmoid_is_within_its_bound():
     assert np.isnan(reference.sigmoid(np.array([np.nan], np.float32), **EXACT)).all()
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_sigmoid(launcher):
     check_sigmoid(launcher, 1_000_000)

@@ -254,7 +254,6 @@ def test_cd_update(launcher):
     check_cd_update(launcher, 37, 131, 17, 5, centred=True)
 
 
-@ONE_SCHEDULE
 @pytest.mark.parametrize("rule", ["sgd", "adagrad"])
 def test_activations_applied_by_other_rules(launcher, rule):
     for sizes in CD_SIZES[:-1]:

@@ -52,7 +52,6 @@ def test_centre(launcher):
         check_centre(launcher, *sizes)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_offsets_step(launcher):
     for n, m in [(1, 1), (131, 37), (7, 2001)]:

@@ -202,7 +202,6 @@ def test_of_equal_classes_the_first_is_the_answer_and_a_label_that_is_none_is_se
     assert_close(arrays.get(delta).sum(axis=1), [0, 0, -1, -1], atol=1e-6)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_free_energy(launcher):
     for sizes in [(1, 1, 1), (5, 37, 131), (17, 64, 32), (3, 200, 7)]:
@@ -210,7 +209,6 @@ def test_free_energy(launcher):
     check_free_energy(launcher, 5, 8, 8, offset=1)
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_squared_errors(launcher):
     for sizes in [(1, 1), (5, 37), (17, 200)]:

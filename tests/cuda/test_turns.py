@@ -93,7 +93,6 @@ def check_advance(launcher):
     arrays.passed("advance")
 
 
-@ONE_SCHEDULE
 @SMALL_TILES
 def test_advance(launcher):
     check_advance(launcher)

@@ -140,7 +140,7 @@ def check_cd_update(launcher, n, m, rows, C, *, w=0.7, offset=0, low=False, bina
         kept.append(parameters)
         launcher.cd_update_wgmma(parameters, velocity, W, *on_device, W_low=W_low, model_weight=w, **numbers)
 
-    sums, error = exact_sums(v, h, rows, w)
+    sums, error = (x[: n * m + n + m] for x in exact_sums(v, h, rows, w))
     check_step(launch, arrays, n * m + n + m, n * m, sums, 0 * error if binary else error, scale=1 / rows, **step)
     weights = arrays.get(kept[0])[: n * m].reshape(n, m)
     high = arrays.values(W)

@@ -56,6 +56,11 @@ def scheduled(name: str, seed: int = 0):
         _schedule = before
 
 
+def schedule() -> str:
+    """The name of the schedule of launches here."""
+    return _schedule[0]
+
+
 def why_not() -> str | None:
     """One sentence why kernels cannot run here, or None."""
     return None if shutil.which("g++") else "g++ is not installed"
