@@ -156,7 +156,8 @@ def choose_path(asked: str, case: Case) -> Path:
             raise UserError(f"--kernels: must be auto without a GPU; got {asked}")
         return Path("numpy", "no GPU")
     if asked == "auto":
-        order = ORDER if case.precision in BF16 else tuple(name for name in ORDER if name != "wgmma")
+        has_wgmma = case.architecture == WGMMA and case.precision in BF16
+        order = tuple(name for name in ORDER if name != "wgmma" or has_wgmma)
         against = {name: _against(name, case) or _too_small(name, case) for name in order}
         name = next(name for name in order if against[name] is None)
         return _path(name, [f"no {other}: {against[other]}" for other in order[: order.index(name)]], case)

@@ -220,7 +220,7 @@ def case(**changes):
      "wgmma (no graph: an epoch has 1 full batches, and nothing repeats)", False),
     ("auto", {"tiles": 66}, "wgmma (the first choice)", True),
     ("auto", {"tiles": 65}, "graph (no wgmma: 65 tiles are too few for 132 processors)", True),
-    ("auto", {"architecture": "sm_100"}, "graph (no wgmma: the GPU is sm_100, and sm_90 has it alone)", True),
+    ("auto", {"architecture": "sm_100"}, "graph (the first choice)", True),
     ("auto", {"precision": "fp32"}, "graph (the first choice)", True),
     ("auto", {"offsets": True},
      "graph (no wgmma: --centring and --sparsity-target need sums that its step does not make)", True),
