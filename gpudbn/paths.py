@@ -8,7 +8,8 @@
     wgmma       kernels of Hopper's tensor cores for large layers in bf16, in a CUDA graph where it can be
 
 ``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken: wgmma only with ``--precision``
-bf16 or bf16x2, and where each product of the layer has tiles for half of the processors.
+bf16, since of bf16x2 it splits the weights alone, and where each product of the layer has tiles for half of the
+processors.
 
 The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
@@ -156,7 +157,7 @@ def choose_path(asked: str, case: Case) -> Path:
             raise UserError(f"--kernels: must be auto without a GPU; got {asked}")
         return Path("numpy", "no GPU")
     if asked == "auto":
-        has_wgmma = case.architecture == WGMMA and case.precision in BF16
+        has_wgmma = case.architecture == WGMMA and case.precision == "bf16"  # of bf16x2 it splits the weights alone
         order = tuple(name for name in ORDER if name != "wgmma" or has_wgmma)
         against = {name: _against(name, case) or _too_small(name, case) for name in order}
         name = next(name for name in order if against[name] is None)

@@ -216,11 +216,13 @@ def case(**changes):
 
 @pytest.mark.parametrize(("asked", "changes", "expected", "graph"), [
     ("auto", {}, "wgmma (the first choice)", True),
-    ("auto", {"precision": "bf16x2", "updates": 1},
+    ("auto", {"updates": 1},
      "wgmma (no graph: an epoch has 1 full batches, and nothing repeats)", False),
     ("auto", {"tiles": 66}, "wgmma (the first choice)", True),
     ("auto", {"tiles": 65}, "graph (no wgmma: 65 tiles are too few for 132 processors)", True),
     ("auto", {"architecture": "sm_100"}, "graph (the first choice)", True),
+    ("auto", {"precision": "bf16x2"}, "graph (the first choice)", True),
+    ("wgmma", {"precision": "bf16x2"}, "wgmma (--kernels)", True),
     ("auto", {"precision": "fp32"}, "graph (the first choice)", True),
     ("auto", {"offsets": True},
      "graph (no wgmma: --centring and --sparsity-target need sums that its step does not make)", True),
@@ -258,7 +260,8 @@ def test_a_run_tells_the_case_as_it_is():
             (1, "90", {"precision": "bf16", "batch": 20, "layers": (300, 257)}, ["wgmma", "wgmma", "fused"]),
             (4, "90", {"precision": "bf16", "layers": (300, 257)}, ["graph", "wgmma", "fused"]),
             (1, "80", {"precision": "bf16"}, ["graph", "graph", "fused"]),
-            (1, "90", {"precision": "auto"}, ["wgmma", "wgmma", "fused"]),
+            (1, "90", {"precision": "auto"}, ["graph", "graph", "fused"]),
+            (1, "90", {"precision": "auto", "kernels": "wgmma"}, ["wgmma", "wgmma", "fused"]),
             (1, "90", {"precision": "bf16x2", "centring": "data"}, ["graph", "graph", "fused"]),
             (1, "90", {"precision": "bf16x2", "sparsity_target": 0.1}, ["graph", "graph", "fused"]),
             (1, "90", {}, ["graph", "graph", "fused"])]:
