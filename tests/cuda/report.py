@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
+
 from gpudbn import arrays, cuda
 
 _done: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -13,6 +15,20 @@ def record(kernel: str, rung: str, detail: str = "") -> None:
     """Note that a kernel has passed: rung is ``compiled`` (detail: for what), ``on CPU`` (schedule) or ``on GPU``."""
     if detail not in _done[kernel][rung]:
         _done[kernel][rung].append(detail)
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what it knows."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernels"] = {kernel: dict(done) for kernel, done in _done.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for kernel, rungs in getattr(node, "workeroutput", {}).get("kernels", {}).items():
+        for rung, details in rungs.items():
+            for detail in details:
+                record(kernel, rung, detail)
 
 
 def pytest_terminal_summary(terminalreporter):

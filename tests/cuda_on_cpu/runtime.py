@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 HEADER = HERE / "cuda_on_cpu.h"
 SCHEDULES = ("forward", "reverse", "random")
 
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-pthread", "-w", "-x", "c++",
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", "-x", "c++",
          "-fvisibility=hidden", "-fno-gnu-unique",  # two modules may have a variable of the same name and other sizes
          "-ffp-contract=off",  # no fused multiply-add where the text has none
          "-fno-strict-aliasing",  # kernels read floats as float4
