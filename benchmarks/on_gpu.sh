@@ -12,6 +12,8 @@
 #
 #     GPUDBN_WHEELS    a folder of wheels that the machine lacks; put first on Python's path, not installed
 #     GPUDBN_MNIST     a folder with MNIST's four IDX files; without it the built-in digits are trained on
+#     GPUDBN_STEPS     which steps, for instance "environment tests"; all of them. The others may come in a later call
+#     GPUDBN_PATIENCE  a whole number by which time limits are multiplied (1)
 #     GPUDBN_COMMIT    what to note as the commit, where this is no checkout
 #     GPUDBN_REHEARSE  1: the same steps at toy sizes on a machine without a GPU
 #     PYTHON           the interpreter (python3)
@@ -28,12 +30,13 @@ wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 cd "$top" || exit 1
 export PYTHONPATH="$wheels:$top" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 CUPY_TF32=0
-: >"$out/steps.tsv"
+[ -n "${GPUDBN_STEPS:-}" ] || : >"$out/steps.tsv"
 
 # step NAME SECONDS COMMAND...: run it, show it, keep what it said and how it ended
 step() {
-    local name=$1 limit=$2 begun=$SECONDS code
+    local name=$1 limit=$(($2 * ${GPUDBN_PATIENCE:-1})) begun=$SECONDS code
     shift 2
+    case " ${GPUDBN_STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
     echo "== $name"
     timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
     code=${PIPESTATUS[0]}
@@ -58,7 +61,7 @@ unpack() {
 export -f unpack
 export python wheels
 
-[ -z "${GPUDBN_WHEELS:-}" ] || step wheels 30 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
+[ -z "${GPUDBN_WHEELS:-}" ] || GPUDBN_STEPS= step wheels 30 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
 
 toy=()
 # only files with such tests: the others may want packages that are not here
@@ -77,7 +80,7 @@ fi
 step environment 45 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
 step tests 230 "$python" "${tests[@]}"
 step kernels 140 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
-rm -rf "$out/run"
+case " ${GPUDBN_STEPS:-training} " in *" training "*) rm -rf "$out/run" ;; esac
 step training 120 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
 
 echo

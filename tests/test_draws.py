@@ -135,7 +135,7 @@ def test_uniforms_are_what_the_formula_says(part):
 
 @pytest.mark.parametrize(("part", "line", "fault"), [
     (PARTS[2], "blocks = -(-columns // 4)", "blocks = columns // 4"),
-    (PARTS[5], "columns = column + m if columns is None else columns", "columns = column + m"),
+    (PARTS[5], "columns = column + m if columns is None else columns\n    update", "columns = column + m\n    update"),
     (PARTS[6], "(row + i) * blocks + first", "row * blocks + first"),
     (PARTS[7], "[column - 4 * first :][:m]", "[:m]"),
     (PARTS[1], "at(seed, update, site, row * blocks, rows * blocks).random(out=out",
@@ -343,5 +343,5 @@ def test_normals_are_box_muller_on_neighbours_however_they_are_cut():
 
 
 def test_a_size_of_layer_that_is_lost_on_the_way_to_the_normals_is_noticed():
-    assert_notices(check_cut_normals, draws, "address.get(\"columns\") or address.get(\"column\", 0) + m",
-                   "address.get(\"column\", 0) + m")
+    assert_notices(check_cut_normals, draws, "columns = column + m if columns is None else columns\n    uniforms",
+                   "columns = column + m\n    uniforms")
