@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings_of(found)
     except UserError as error:
         if world is None or world.rank == 0:
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
+        else:  # the first rank that ends may end the others: let it be the one that says why
+            time.sleep(2)
         return 2
     ranks = world.size if world else 1
     serving = settings.servers if ranks > 1 and settings.mode == "async" else 0  # ranks that do not compute
