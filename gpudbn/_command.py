@@ -90,9 +90,9 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
             raise UserError(f"{parser.prog}: must run as one process; got {world.size} ranks. "
                             "Start it without mpirun, or with -n 1")
     except UserError as error:
-        if world is None or world.rank == 0:
-            print(error, file=sys.stderr)
-        return 2
+        from gpudbn.mpi.wire import end
+
+        return end(error)
     if "numpy" not in sys.modules:  # a program that calls main() has made its own choice
         launch.limit_threads(found.threads, 1)
     from gpudbn.mpi.wire import guarded

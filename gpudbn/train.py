@@ -49,11 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = parse(parser, arguments)
         settings = settings_of(found)
     except UserError as error:
-        if world is None or world.rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        else:  # the first rank that ends may end the others: let it be the one that says why
-            time.sleep(2)
-        return 2
+        from gpudbn.mpi.wire import end
+
+        return end(error)
     ranks = world.size if world else 1
     serving = settings.servers if ranks > 1 and settings.mode == "async" else 0  # ranks that do not compute
     if "numpy" not in sys.modules:  # a program that calls main() has made its own choice

@@ -463,14 +463,17 @@ def guarded(main: Callable[[], int | None]) -> int:
             if exit_code(error):
                 launch.end_job(exit_code(error))
             raise
-        code = _end(error)
+        code = end(error)
     if _wire is not None:
         _wire.close()
     return code
 
 
-def _end(error: BaseException) -> int:
-    """Say what happened, once if all know it, and end the other ranks if they do not."""
+def end(error: BaseException) -> int:
+    """Say what happened, once if all know it, and end the other ranks if they do not. Returns the exit code.
+
+    Rank 0 goes first where all are likely to have the same to say: the first that ends may end the others unheard.
+    """
     code = exit_code(error)
     if isinstance(error, SystemExit):
         text = "" if code == 0 or isinstance(error.code, int) else f"{error.code}\n"
@@ -522,7 +525,7 @@ def _say(text: str) -> None:
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:  # noqa: ARG001
     """For programs that use this package without ``guarded``."""
     mpi = _wire.mpi if _wire else None
-    code = _end(error)
+    code = end(error)
     if mpi is not None and not mpi.Is_finalized():
         mpi.Finalize()
     sys.stdout.flush()
