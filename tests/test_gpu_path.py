@@ -27,7 +27,7 @@ from gpudbn.dbn import DBN
 from gpudbn.errors import NonFiniteError
 from gpudbn.loop import Training
 from gpudbn.mpi.alone import Alone
-from gpudbn.mpi.server import Steps
+from gpudbn.mpi.rules import Steps
 from gpudbn.mpi.wire import Staging
 from tests import pretend_cupy
 from tests.cuda_on_cpu import runtime

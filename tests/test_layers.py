@@ -27,7 +27,10 @@ FLOORS = """
     data/__init__
     unfused
     twins
-    offsets optimiser rbm feed graphs mpi/server mpi/collective
+    offsets optimiser rbm feed graphs mpi/rules mpi/collective
+    mpi/changes
+    mpi/staged
+    mpi/server
     mpi/replica
     mpi/__init__
     dbn memory

@@ -6,6 +6,9 @@
     collective.py  replicas in step
     replica.py     replicas around parameter servers
     server.py      a server
+    rules.py       what a server does with a change
+    changes.py     how a change is packed
+    staged.py      how changes and parameters travel, through a window in the server's memory
 
 Importing this package loads neither NumPy nor MPI.
 """
@@ -20,7 +23,8 @@ from gpudbn.mpi import launch
 
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
-    from gpudbn.mpi.server import Rule, Server
+    from gpudbn.mpi.rules import Rule
+    from gpudbn.mpi.server import Server
     from gpudbn.mpi.wire import Wire
 
 MODES = ("sync", "async")

@@ -1,8 +1,8 @@
 """A replica of asynchronous training: gives its changes to parameter servers, takes what is there.
 
-The other half of ``server.py``, which says how changes and parameters travel and why nothing is
-lost, doubled or torn. ``Link`` is the replica's end of the traffic with one server and its shard of
-the parameters; ``Asynchronous`` has one to each.
+The other half of ``server.py``; ``staged.py`` says how changes and parameters travel and why nothing is lost,
+doubled or torn. ``Link`` is the traffic with one server, which has a shard of the parameters;
+``Asynchronous`` has one to each.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
+from gpudbn.mpi import changes
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import ANSWER, ASK, BEGIN, CONTROL, FAIL, FINISH, Layout, cuts
-from gpudbn.mpi.wire import AgreedError, Backoff, Window, Wire
+from gpudbn.mpi.server import BEGIN, FAIL, FINISH, Header, cuts
+from gpudbn.mpi.staged import ANSWER, CONTROL, ReplicaEnd
+from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
-
-ATTEMPTS = 3  # torn reads before a replica asks by message
 
 
 class Link:
@@ -34,13 +34,9 @@ class Link:
 
     def __init__(self, wire: Wire, size: int) -> None:
         self.wire, self.replica = wire, wire.rank - 1
-        self.replicas = wire.size - 1
-        self.layout = Layout(size, self.replicas)
-        self.window = Window(wire, self.layout.nbytes)
-        self.header = np.zeros(self.layout.header_words, np.int64)
-        self.sequence = 0  # of my last push
+        self.header = Header(wire.size - 1)  # as of the last pull
+        self.end = ReplicaEnd(wire, size, self.header.words.size)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
-        self.retried = self.asked = 0
 
     def begin(self, shard: Array) -> None:
         """The chief gives the server the values to begin with."""
@@ -53,56 +49,22 @@ class Link:
         """A control message without a size."""
         self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
 
-    def contained(self) -> int:
-        """The sequence number of my last push that is in what was pulled."""
-        return int(self.header[1 + self.replica])
-
-    def staleness(self) -> np.ndarray:
-        """The server's histogram as of the last pull."""
-        return self.header[1 + self.replicas :]
-
-    def drain(self) -> None:
-        """Wait until my last push is published, so that my mailbox is free and a pull contains it."""
-        freed, pause = np.zeros(1, np.int64), Backoff()
-        with self.wire.tally.timing("waiting"):
-            while True:
-                self.window.get(freed, self.layout.freed + 8 * self.replica)
-                if freed[0] == self.sequence:
-                    return
-                pause()
-
     def push(self, change: Array) -> None:
-        """Put a change into my mailbox: first the change, then the number that says it is there."""
-        self.drain()
-        with span("push"):
-            self.window.put(change, self.layout.mailboxes[self.replica])
-            self.window.put(np.array([self.base], np.int64), self.layout.base + 8 * self.replica)
-            self.sequence += 1
-            self.window.put(np.array([self.sequence], np.int64), self.layout.sequence + 8 * self.replica)
+        """Give a change to the server."""
+        self.end.push(*changes.encode(change, base=self.base))
 
     def pull(self, shard: Array) -> None:
-        """The latest published parameters and their header, not torn."""
-        with span("pull"):
-            for _ in range(ATTEMPTS):
-                published = self.window.read(self.layout.turn) // 2
-                header, values = self.layout.copies[published % 2]
-                self.window.get(self.header, header)
-                self.window.get(shard, values)
-                if self.window.read(self.layout.turn) <= 2 * published + 2:
-                    return
-                self.retried += 1
-            self.asked += 1
-            self.wire.send(np.zeros(2, np.int64), 0, ASK)
-            self.wire.recv(self.header, 0, ANSWER)
-            self.wire.recv(shard, 0, ANSWER)
+        """The latest parameters, and the header that belongs to them."""
+        self.end.pull(self.header.words, shard)
 
     def exchange(self, shard: Array, change: Array, fetch: bool) -> None:
         """After a push of ``change``: what the server has, and my change where that does not contain it yet."""
         if fetch:
             self.pull(shard)
-            if self.contained() < self.sequence:
+            missing = self.end.sequence - int(self.header.applied[self.replica])  # 0 or 1
+            if missing:
                 shard += change
-            self.base = int(self.header[0]) + self.sequence - self.contained()
+            self.base = int(self.header.version[0]) + missing
         else:
             self.base += 1
 
@@ -172,10 +134,10 @@ class Asynchronous(Together):
 
     def report(self) -> dict[str, Any]:
         return super().report() | {
-            "pushes": self.links[0].sequence, "pulls": self._pulls,
-            "reads_retried": sum(link.retried for link in self.links),
-            "reads_asked": sum(link.asked for link in self.links),
-            "staleness": np.sum([link.staleness() for link in self.links], axis=0).tolist()}
+            "pushes": self.links[0].end.sequence, "pulls": self._pulls,
+            "reads_retried": sum(link.end.retried for link in self.links),
+            "reads_asked": sum(link.end.asked for link in self.links),
+            "staleness": np.sum([link.header.staleness for link in self.links], axis=0).tolist()}
 
     def close(self) -> None:
         self._drain()
@@ -187,7 +149,7 @@ class Asynchronous(Together):
 
     def _drain(self) -> None:
         for link in self.links:
-            link.drain()
+            link.end.drain()
 
     def _pull_together(self, parameters: Array) -> None:
         """All pull while nobody pushes."""
@@ -195,5 +157,5 @@ class Asynchronous(Together):
         self._pulls += 1
         for link, part in zip(self.links, self._cuts, strict=True):
             link.pull(parameters[part])
-            link.base = int(link.header[0])
+            link.base = int(link.header.version[0])
         self.wire.barrier()

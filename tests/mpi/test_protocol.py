@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from gpudbn import optimiser, reference
-from gpudbn.mpi import replica as replica_module
-from gpudbn.mpi import server as server_module
+from gpudbn.mpi import staged
 from gpudbn.mpi.replica import Asynchronous
-from gpudbn.mpi.server import Server, Steps, cuts
+from gpudbn.mpi.rules import Steps
+from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import Tally
 from tests.helpers import assert_close
 
@@ -81,8 +81,7 @@ class Job:
     """A server and its replicas. ``lazy``: the server takes changes only when the test says so."""
 
     def __init__(self, monkeypatch, replicas, size, rule=None):
-        monkeypatch.setattr(server_module, "Window", FakeWindow)
-        monkeypatch.setattr(replica_module, "Window", FakeWindow)
+        monkeypatch.setattr(staged, "Window", FakeWindow)
         self.ranks = replicas + 1
         self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
         self.states = None
@@ -103,7 +102,8 @@ class Job:
         return parameters, [own.copy() for own in parameters]
 
     def staleness(self):
-        return np.flatnonzero(self.server._staleness).tolist(), self.server._staleness.sum()
+        staleness = self.server._header.staleness
+        return np.flatnonzero(staleness).tolist(), staleness.sum()
 
 
 def test_my_change_is_added_only_while_the_server_has_not_published_it(monkeypatch):
@@ -157,9 +157,9 @@ def test_several_full_mailboxes_are_taken_in_turns_and_published_once(monkeypatc
         for one, own, old in zip(job.replicas, p, before, strict=True):
             own[:] = old + np.float32(10 + one.replica)
             one.exchange(own, old, fetch=False)
-        turn = int(job.server._turn[0])
+        turn = int(job.server._end._turn[0])
         assert job.server._take()
-        assert job.server._turn[0] == turn + 2
+        assert job.server._end._turn[0] == turn + 2
     assert order == [10, 11, 12, 11, 12, 10, 12, 10, 11]
 
 
@@ -277,17 +277,17 @@ def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch):
 
     monkeypatch.setattr(job, "answer", answer)
     (link,) = one.links
-    link.window = window = Reader(FakeWire(job, 1), job.memory.nbytes)
+    link.end.window = window = Reader(FakeWire(job, 1), job.memory.nbytes)
     accepted, freed = 0, np.zeros(1, np.int64)
     for _ in range(schedules):
         window.now = int(generator.integers(len(seen)))
-        window.get(freed, link.layout.freed)
+        window.get(freed, link.end.layout.freed)
         try:
             link.pull(p)
         except Asked:
             continue
         accepted += 1
         assert (p == p[0]).all(), "torn"
-        assert link.header[0] == p[0], "parameters and header of different versions"
-        assert link.contained() >= freed[0], "freed before it was published"
+        assert link.header.version[0] == p[0], "parameters and header of different versions"
+        assert link.header.applied[0] >= freed[0], "freed before it was published"
     assert accepted > schedules / 2

@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 
-from gpudbn.mpi import connect, replica
-from gpudbn.mpi.server import Server, add, cuts
+from gpudbn.mpi import connect, staged
+from gpudbn.mpi.rules import add
+from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import guarded
 from tests.mpi import fakegpu
 
@@ -100,13 +101,13 @@ def contention(exchange, size=1_000_003, pushes=120):
 def single_copy(exchange):
     """The planted fault: one copy, read without looking whether it is being written."""
     for link in exchange.links:
-        link.window.read = lambda _: 0
+        link.end.window.read = lambda _: 0
     contention(exchange)
 
 
 def ask(exchange):
     """Every read goes by message."""
-    replica.ATTEMPTS = 0
+    staged.ATTEMPTS = 0
     exactly_once(exchange, pushes=50)
     assert exchange.report()["pulls"] == 52
     assert exchange.report()["reads_asked"] == 52 * len(exchange.links)
@@ -173,7 +174,8 @@ def main():
     exchange = connect("async", 1_000_003 if what in ("contention", "single_copy") else 4_099,
                        rule=slow_rule if what == "own_writes" else None, servers=servers)
     if what == "single_copy":
-        for layout in [exchange._layout] if isinstance(exchange, Server) else [link.layout for link in exchange.links]:
+        ends = [exchange._end] if isinstance(exchange, Server) else [link.end for link in exchange.links]
+        for layout in (end.layout for end in ends):
             layout.copies[1] = layout.copies[0]
     if isinstance(exchange, Server):
         start, used = time.perf_counter(), time.process_time()
