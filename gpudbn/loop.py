@@ -15,7 +15,6 @@ epoch all replicas meet with equal parameters, measure together, and may save.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +175,7 @@ class Training:
         return max(1, min(TURN, AT_ONCE // (phase.batch * rows.n * rows.kept.itemsize))) if streamed else TURN
 
     def _run_epoch(self, phase: Phase, feed: Feed) -> dict[str, Any] | None:
-        started = time.perf_counter()
+        started = self.exchange.clock()
         rates = phase.begin_epoch(self.epoch)
         # the same number of updates on every replica, also where shards differ by a row
         all_rows = len(self._set(self.index).train)
@@ -201,7 +200,7 @@ class Training:
                 if self.progress:
                     self.progress(end, count)
                 if self.interrupt and self.exchange.replicas == 1 and end < count:
-                    self.seconds += time.perf_counter() - started
+                    self.seconds += self.exchange.clock() - started
                     return None
         self.exchange.meet(phase.parameters)
         self._note(phase)
@@ -210,7 +209,7 @@ class Training:
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
                   "epoch": self.epoch, "update": self.updates, "path": str(self.paths[self.index]), **rates,
                   **self._measure(phase)}
-        self.seconds += time.perf_counter() - started
+        self.seconds += self.exchange.clock() - started
         self._remember(phase, record)
         return record | {"best_epoch": self.best["epoch"], "seconds": round(self.seconds, 3)}
 

@@ -41,11 +41,15 @@ class Exchange:
     cuts_batches = False
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self.clock()
 
     @property
     def chief(self) -> bool:
         return self.replica == 0
+
+    def clock(self) -> float:
+        """Seconds since some time in the past: the clock of the records."""
+        return time.perf_counter()
 
     def begin(self, parameters: Array) -> None:
         """Start of a phase (a layer, a fine-tuning): all leave with the values of replica 0.
@@ -134,7 +138,7 @@ class Exchange:
             late, the last one that many or more. Empty unless asynchronous.
         """
         return {
-            "seconds": {"computing": time.perf_counter() - self._started, "waiting": 0.0, "transferring": 0.0},
+            "seconds": {"computing": self.clock() - self._started, "waiting": 0.0, "transferring": 0.0},
             "bytes": {"sent": 0, "received": 0},
             "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0, "staleness": [],
         }

@@ -6,7 +6,6 @@ adds the updates: each replica computes a slice of every batch, and the sums are
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,14 @@ class Together(Exchange):
     """Replicas on a wire on which there is nobody else."""
 
     def __init__(self, wire: Wire) -> None:
-        super().__init__()
         self.wire = wire
+        super().__init__()
         self.replica, self.replicas = wire.rank, wire.size
         self.local_replica = wire.local_rank()
         wire.label = f"replica {self.replica} of {self.replicas}"
+
+    def clock(self) -> float:
+        return self.wire.clock()
 
     def total(self, values: np.ndarray) -> np.ndarray:
         table = np.array(values, np.float64, order="C")
@@ -56,7 +58,7 @@ class Together(Exchange):
     def report(self) -> dict[str, Any]:
         report = super().report()
         tally = self.wire.tally
-        elapsed = time.perf_counter() - self._started
+        elapsed = self.clock() - self._started
         report["seconds"] = {"computing": elapsed - tally.waiting - tally.transferring,
                              "waiting": tally.waiting, "transferring": tally.transferring}
         report["bytes"] = {"sent": tally.sent, "received": tally.received}

@@ -115,6 +115,7 @@ class Asynchronous(Together):
         for link, part in zip(self.links, self._cuts, strict=True):
             link.exchange(parameters[part], change[part], fetch)
         before[...] = parameters
+        self.wire.worked("exchange", parameters.nbytes)
 
     def meet(self, parameters: Array) -> None:
         with span("meet"):

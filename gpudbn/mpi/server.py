@@ -8,7 +8,6 @@ business of ``staged.py``, and how a change is packed that of ``changes.py``.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from gpudbn.mpi import changes
 from gpudbn.mpi.rules import Rule, add
 from gpudbn.mpi.staged import ANSWER, ASK, CONTROL, ServerEnd
-from gpudbn.mpi.wire import AgreedError, Backoff, Wire
+from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
 
 BEGIN, FINISH, FAIL = 1, 2, 3  # first word of a control message; the second is a size
@@ -95,15 +94,15 @@ class Server:
         UserError
             If the replicas agreed on an error.
         """
-        started, busy = time.perf_counter(), 0.0
-        pause = Backoff(LONGEST_PAUSE)
+        started, busy = self.wire.clock(), 0.0
+        pause = self.wire.pause(LONGEST_PAUSE)
         while True:
-            start = time.perf_counter()
+            start = self.wire.clock()
             message = self.wire.incoming()  # also the call by which MPI makes progress for the replicas
             if message and self._answer(*message):
                 break
             if self._take() or message:
-                busy += time.perf_counter() - start
+                busy += self.wire.clock() - start
                 pause.reset()
             else:
                 pause()
@@ -111,7 +110,7 @@ class Server:
         header = self._header
         return {"applied": header.applied.tolist(), "version": int(header.version[0]),
                 "staleness": header.staleness.tolist(), "asked": self._asked,
-                "seconds": {"busy": busy, "idle": time.perf_counter() - started - busy}}
+                "seconds": {"busy": busy, "idle": self.wire.clock() - started - busy}}
 
     def _take(self) -> bool:
         """Apply what lies in the mailboxes, then publish once. Whether there was anything."""
@@ -126,6 +125,7 @@ class Server:
             staleness = int(header.version[0] - label[changes.BASE])
             with span("apply"):
                 changes.apply(self.rule, self._parameters, label, self._end.payload(replica), staleness)
+                self.wire.worked("apply", self._parameters.nbytes)
             self._end.taken(replica)
             header.version += 1
             header.applied[replica] += 1

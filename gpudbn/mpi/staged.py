@@ -18,7 +18,7 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.mpi.changes import BYTES, WORDS
-from gpudbn.mpi.wire import Backoff, Window, Wire
+from gpudbn.mpi.wire import Window, Wire
 from gpudbn.tracing import span
 
 CONTROL, ASK, ANSWER = 1, 2, 3  # tags of messages
@@ -62,7 +62,7 @@ class ServerEnd:
     """
 
     def __init__(self, wire: Wire, size: int, header_words: int) -> None:
-        self.replicas = wire.size - 1
+        self.wire, self.replicas = wire, wire.size - 1
         self.layout = Layout(size, self.replicas, header_words)
         self.window = Window(wire, self.layout.nbytes)
         self._turn = self._words(self.layout.turn, 1)
@@ -104,6 +104,7 @@ class ServerEnd:
             self.window.sync()
             self._words(words, header.size)[:] = header
             self._bytes(floats, parameters.nbytes).view(np.float32)[:] = parameters
+            self.wire.worked("publish", parameters.nbytes)
             self.window.sync()
             self._turn[0] = turn + 2
             self.window.sync()  # before ``freed`` says so
@@ -129,7 +130,7 @@ class ReplicaEnd:
 
     def drain(self) -> None:
         """Wait until my last push is published, so that my mailbox is free and a pull contains it."""
-        freed, pause = np.zeros(1, np.int64), Backoff()
+        freed, pause = np.zeros(1, np.int64), self.wire.pause()
         with self.wire.tally.timing("waiting"):
             while True:
                 self.window.get(freed, self.layout.freed + 8 * self.replica)

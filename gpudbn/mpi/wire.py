@@ -30,6 +30,7 @@ from gpudbn.mpi import launch
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
 GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
+LONGEST_PAUSE = 1e-3  # seconds between two looks of a rank that has waited for long
 DRAIN = 0.3  # seconds for the launcher to pass on what a rank has printed, before the job is ended
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -44,16 +45,21 @@ class AgreedError(UserError):
 class Backoff:
     """A pause that grows while nothing happens: none, then a turn for others, then 20 us up to ``longest`` seconds."""
 
-    def __init__(self, longest: float = 1e-3) -> None:
+    def __init__(self, longest: float) -> None:
         self.longest = longest
         self.count = 0
 
     def __call__(self) -> None:
         self.count += 1
-        if self.count > 30:
-            time.sleep(min(20e-6 * 2.0 ** min((self.count - 30) // 8, 10), self.longest))
+        seconds = self.seconds(self.count)
+        if seconds:
+            time.sleep(seconds)
         elif self.count > 10:
             os.sched_yield()
+
+    def seconds(self, count: int) -> float:
+        """How long the pause of that number sleeps; the first has number 1."""
+        return 0.0 if count <= 30 else min(20e-6 * 2.0 ** min((count - 30) // 8, 10), self.longest)
 
     def reset(self) -> None:
         """Something happened: be quick again."""
@@ -62,8 +68,9 @@ class Backoff:
 
 @dataclass
 class Tally:
-    """Seconds and bytes of one process on the wire."""
+    """Seconds, by this clock, and bytes of one process on the wire."""
 
+    clock: Callable[[], float] = time.perf_counter
     waiting: float = 0.0
     transferring: float = 0.0
     sent: int = 0
@@ -76,12 +83,12 @@ class Tally:
         if self._inside:
             yield
             return
-        self._inside, start = True, time.perf_counter()
+        self._inside, start = True, self.clock()
         try:
             yield
         finally:
             self._inside = False
-            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+            setattr(self, what, getattr(self, what) + self.clock() - start)
 
 
 class Staging:
@@ -147,7 +154,7 @@ class Wire:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.label = f"rank {self.rank} of {self.size}"
-        self.tally: Tally = parent.tally if parent else Tally()
+        self.tally: Tally = parent.tally if parent else Tally(self.clock)
         self.staging: Staging = parent.staging if parent else Staging()
         self._owned: list[Wire | Window] = []  # to be freed before this one
         if parent:
@@ -177,17 +184,33 @@ class Wire:
         sys.excepthook = _excepthook
         return _wire
 
+    # what lets a rank live in virtual time, where one process runs many: see ``simulate.py``
+
+    def clock(self) -> float:
+        """Seconds since some time in the past. All that this rank reports of time is by this clock."""
+        return time.perf_counter()
+
+    def pause(self, longest: float = LONGEST_PAUSE) -> Backoff:
+        """What a loop that polls calls whenever it saw nothing new; it sleeps up to ``longest`` seconds."""
+        return Backoff(longest)
+
+    def worked(self, what: str, nbytes: int) -> None:
+        """I have just worked on so many bytes of my memory: ``apply``, ``publish`` or ``exchange``.
+
+        Time goes by without being told. In virtual time it goes by as much as this work costs.
+        """
+
     def split(self, color: int) -> Wire:
         """The wire of those that call with the same color, in the same order; collective."""
         self.barrier()
-        return Wire(self.mpi, self.comm.Split(color, self.rank), parent=self)
+        return type(self)(self.mpi, self.comm.Split(color, self.rank), parent=self)
 
     def among(self, ranks: Sequence[int]) -> Wire | None:
         """The wire of these ranks of mine, numbered in this order; None on the others. Collective over all."""
         self.barrier()
         mine = self.rank in ranks
         comm = self.comm.Split(0 if mine else self.mpi.UNDEFINED, ranks.index(self.rank) if mine else 0)
-        return Wire(self.mpi, comm, parent=self) if mine else None
+        return type(self)(self.mpi, comm, parent=self) if mine else None
 
     def local_rank(self) -> int:
         """My number among the ranks of this wire that share memory with me; collective."""
@@ -198,7 +221,7 @@ class Wire:
         return rank
 
     def _wait(self, *requests: Any) -> None:
-        pause = Backoff()
+        pause = self.pause()
         for request in requests:
             while not request.Test():
                 pause()
@@ -254,7 +277,7 @@ class Wire:
 
     def recv_text(self, source: int, tag: int = TEXT) -> str:
         """The text that ``source`` sends."""
-        status, pause = self.mpi.Status(), Backoff()
+        status, pause = self.mpi.Status(), self.pause()
         with self.tally.timing("waiting"):
             while not self.comm.Iprobe(source, tag, status):
                 pause()

@@ -67,6 +67,15 @@ class FakeWire:
     def barrier(self):
         pass
 
+    def clock(self):
+        return 0.0
+
+    def pause(self, longest=0.0):  # noqa: ARG002
+        return lambda: pytest.fail("waits for what does not come")
+
+    def worked(self, what, nbytes):
+        pass
+
     def send(self, array, to, tag=0):
         self.job.messages[self.rank, to, tag].append(array.copy())
 
