@@ -15,13 +15,15 @@ WORDS = 8  # int64 words of a label
 BASE = 0  # how many versions the parameters contained on which the change was computed
 ENCODING = 1
 BYTES = 2  # of the payload
+TURN = 3  # which turn of the run it is of, so that no turn is applied twice
 DENSE = 0
+NO_TURN = -1  # a change that is of no turn
 
 
-def encode(change: Array, *, base: int) -> tuple[np.ndarray, Array]:
+def encode(change: Array, *, base: int, turn: int = NO_TURN) -> tuple[np.ndarray, Array]:
     """Label (WORDS,), int64, and payload, contiguous, at most as many bytes as the change."""
     label = np.zeros(WORDS, np.int64)
-    label[BASE], label[ENCODING], label[BYTES] = base, DENSE, change.nbytes
+    label[BASE], label[ENCODING], label[BYTES], label[TURN] = base, DENSE, change.nbytes, turn
     return label, change
 
 
