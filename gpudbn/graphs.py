@@ -54,7 +54,8 @@ class Graphs:
                 self.graphs[key] = self._capture(count, rows)
         if self.there != (update, row):
             self.counters[...] = self.xp.asarray(np.array([update, row], np.uint64).astype(np.uint32))
-        self.graphs[key].launch(self.xp.cuda.get_current_stream())
+        with span(f"graph of {count} updates"):
+            self.graphs[key].launch(self.xp.cuda.get_current_stream())
         self.there = (update + count, row + rows)
         return True
 

@@ -22,7 +22,7 @@ from gpudbn.twins import twins_of
 
 
 class LargeRBM(RBM):
-    """The half-steps of an RBM, of units and weights in bf16. It has no parameters of its own.
+    """An RBM with the parameters of another, whose half-steps are of units and weights in bf16.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ class LargeRBM(RBM):
     """
 
     def __init__(self, rbm: RBM) -> None:
-        self.n, self.m, self.width = rbm.n, rbm.m, rbm.width
-        self.parameters, self.precision = rbm.parameters, rbm.precision
         xp = module_of(rbm.W)
+        super().__init__(rbm.n, rbm.m, xp, parameters=rbm.parameters)
+        self.precision = rbm.precision
         self.high = padded(xp, rbm.n, rbm.width)
         self.low = padded(xp, rbm.n, rbm.width) if rbm.precision == "bf16x2" else None
         self.twins = twins_of(rbm.W)

@@ -30,6 +30,7 @@ from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
 from gpudbn.large import LargeLayerPhase
+from gpudbn.memory import BLOCKS, MEASURED
 from gpudbn.paths import Case, Path, choose_path
 from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 TURN = 50  # updates between two looks at the world, alone or synchronous
 PROBE = 2000  # rows on which a layer is measured
-MEASURED = 250  # rows at once: blocks of constant size, so that their sums do not depend on the number of replicas
-BLOCKS = 8  # --order fixed: pieces of a batch
 FINITE = 2**64 - 1  # the flag as long as everything was finite
 
 

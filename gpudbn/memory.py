@@ -22,7 +22,8 @@ from gpudbn.settings import Settings
 
 FLOAT = 4
 RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
-MEASURED = 250  # rows that are measured at once
+BLOCKS = 8  # --order fixed: pieces of a batch, each with a gradient of its own
+MEASURED = 250  # rows measured at once: blocks of constant size, whose sums do not depend on the number of replicas
 
 
 def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str, int]:
@@ -30,13 +31,14 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     s, depth = settings, len(sizes) - 1
     layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
     kept = FLOAT * sum(layers)
-    pieces = 8 if s.order == "fixed" else 1  # of a batch, each with a gradient of its own
+    pieces = BLOCKS if s.order == "fixed" else 1  # of a batch
     copies = {"bf16": 2, "bf16x2": 4}.get(chosen(s.precision, tensor_cores=True), 0)  # bytes a weight, by wgmma
     copies *= s.kernels in ("auto", "wgmma")
     phases = []
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
-        vectors = 4 if pieces == 1 else pieces + 3  # two more while initial weights are made
+        # velocity, and two while initial weights are made; or the sums of the pieces, and of all
+        vectors = 3 + (s.kernels == "unfused") if pieces == 1 else pieces + 2
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
                        "chains": FLOAT * chains, "copies in bf16": copies * n * m})

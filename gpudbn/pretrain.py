@@ -119,7 +119,7 @@ class LayerPhase(Phase):
                                ) if centring or target else None
         self.exchanged = self.parameters.size + (n + m if self.offsets else 0)
         self.velocity = dbn.xp.zeros_like(self.parameters)
-        self.gradient = dbn.xp.empty_like(self.parameters)
+        self.gradient = np.empty_like(self.parameters) if dbn.xp is np else None  # kernels keep it in registers
         # values of the layers below on the way up: visible units; and, where layers are cut, the hidden units here
         self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
         self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]

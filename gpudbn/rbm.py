@@ -34,6 +34,8 @@ class RBM:
     shards : Shards
         Which of the hidden units are here. Wherever m is a size of an array below, it is the number of
         those: all of them, unless the layer is cut.
+    parameters : Parameters, optional
+        Those of another RBM of this size, to share; new ones if not given.
 
     Attributes
     ----------
@@ -47,12 +49,13 @@ class RBM:
         Of half-steps and gradients, as in ``gpudbn.precision``.
     """
 
-    def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE) -> None:
+    def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE,
+                 parameters: Parameters | None = None) -> None:
         self.n, self.m, self.shards = n, m, shards
         self.mine = shards.mine(m)
         self.width = self.mine.stop - self.mine.start
         self.columns = {"column": self.mine.start, "columns": m}  # of the draws of hidden units
-        self.parameters = Parameters(rbm_shapes(n, self.width), xp)
+        self.parameters = Parameters(rbm_shapes(n, self.width), xp) if parameters is None else parameters
         self.precision = "fp32"
 
     @property

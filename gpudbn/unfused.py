@@ -88,8 +88,9 @@ class Unfused:
 
     def cd_update(self, parameters, velocity, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
                   rate, momentum, decay, rates=None, precision="fp32"):
-        """See ``reference.cd_update``; in float32 alone, and ``rates`` cannot be given."""
+        """See ``reference.cd_update``; in float32 alone. ``gradient`` may be None, and ``rates`` cannot be given."""
         weights = n * m
+        gradient = module_of(parameters).empty_like(parameters) if gradient is None else gradient
         dW, db, dc = gradient[:weights].reshape(n, m), gradient[weights : weights + n], gradient[weights + n :]
         self.cd_sums(dW, db, dc, v, h, rows, model_weight=model_weight, ones=ones, moved=moved, precision=precision)
         self.momentum_step(parameters, velocity, gradient, weights=weights, scale=1 / rows, rate=rate,

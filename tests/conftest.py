@@ -44,5 +44,5 @@ def pytest_collection_modifyitems(config, items):
                "slow": None if config.getoption("--slow") else "takes minutes; run with --slow"}
     for item in items:
         for marker, why in missing.items():
-            if why and marker in item.keywords:
+            if why and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,18 @@ def test_turns_of_other_lengths_are_other_graphs(monkeypatch):
     found, launched = trained(monkeypatch, {}, by_graphs=True, turn=4)
     assert same(found, expected)
     assert launched == 2 * 2 * 2, "each from the second epoch on"
+
+
+def test_a_replayed_turn_is_a_range_of_the_profile(monkeypatch):
+    names = []
+
+    def told(name):
+        names.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("gpudbn.graphs.span", told)
+    _, launched = trained(monkeypatch, {}, by_graphs=True, turn=4)
+    assert names.count("graph of 4 updates") + names.count("graph of 2 updates") == launched
 
 
 FAULTS = [

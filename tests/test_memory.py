@@ -23,7 +23,8 @@ DATA = small_data(n=499)
 OPTIONS = [{"layers": (301,), "finetune_epochs": 0}, {"layers": (301, 211), "method": "pcd", "finetune_epochs": 0},
            {"layers": (101, 97), "finetune_epochs": 1}, {"layers": (101,), "optimiser": "sgd", "finetune_epochs": 1},
            {"layers": (7,), "batch": 51, "finetune_epochs": 0},
-           {"layers": (301,), "order": "fixed", "finetune_epochs": 0}]
+           {"layers": (301,), "order": "fixed", "finetune_epochs": 0},
+           {"layers": (301,), "kernels": "unfused", "finetune_epochs": 0}]
 
 
 def wide(**options):
@@ -53,8 +54,8 @@ def test_what_is_counted_is_what_is_allocated(options):
 
 @NO_KERNELS
 @pytest.mark.parametrize(("line", "fault", "case"), [
-    ("vectors = 4 if pieces == 1 else", "vectors = 2 if pieces == 1 else", 0),
-    ("vectors = 4 if pieces == 1 else pieces + 3", "vectors = 4", 5),
+    ("vectors = 3 +", "vectors = 1 +", 0),
+    ("else pieces + 2", "else 3", 5),
     ("n * m + n + m for n, m", "m + n + m for n, m", 1),
 ])
 def test_a_size_that_is_forgotten_is_noticed(line, fault, case):
