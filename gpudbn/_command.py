@@ -71,11 +71,13 @@ def output(out: str, suffixes: Sequence[str]) -> Path:
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
-        check: Callable[[argparse.Namespace], None], action: Callable[[argparse.Namespace], int]) -> int:
-    """Read and check the command line, fix the BLAS threads, act; returns the exit code."""
+        check: Callable[[argparse.Namespace], None], action: Callable[[argparse.Namespace], int], *,
+        alone: bool = False) -> int:
+    """Read and check the command line, fix the BLAS threads, act; returns the exit code. ``alone`` refuses mpirun."""
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,gpu}",
                         help="where to compute (default: auto, the GPU if there is one)")
-    add_number(parser, "threads", "BLAS threads (default: all cores this process may use)")
+    add_number(parser, "threads", "BLAS threads of a process (default: the cores it may use, shared out among the "
+                                  "ranks of a machine)")
     world = launch.world()
     try:
         found = parse(parser, arguments)
@@ -86,7 +88,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
             if hasattr(found, name):
                 setattr(found, name, checked(FIELDS[name], getattr(found, name)))
         check(found)
-        if world is not None and world.size > 1:
+        if alone and world is not None and world.size > 1:
             raise UserError(f"{parser.prog}: must run as one process; got {world.size} ranks. "
                             "Start it without mpirun, or with -n 1")
     except UserError as error:
@@ -94,7 +96,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
 
         return end(error)
     if "numpy" not in sys.modules:  # a program that calls main() has made its own choice
-        launch.limit_threads(found.threads, 1)
+        launch.limit_threads(found.threads, world.local_size if world else 1)
     from gpudbn.mpi.wire import guarded
 
     return guarded(lambda: action(found))
@@ -117,11 +119,11 @@ def say(lines: Sequence[str]) -> int:
 
 
 class Progress:
-    """A bar on a terminal (standard error), nothing elsewhere."""
+    """A bar on a terminal (standard error), nothing elsewhere or where a launcher started several."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.drawn = label, total, time.monotonic()
-        self.bar = sys.stderr.isatty()
+        self.bar = sys.stderr.isatty() and launch.world() is None
 
     def at(self, done: int) -> None:
         """``done`` of the total are done. Nothing is drawn in the first half second, so short runs stay quiet."""
@@ -169,7 +171,8 @@ def load_model(name: str, device: str) -> Model:
             raise UserError(f"{path}: must be a finished run; got one without its model.safetensors yet. "
                             f"Finish it: python -m gpudbn.train --resume {path}")
         raise UserError(f"{path}: must be the folder of a run, or a model file; got a folder without model.safetensors")
-    xp, place = choose_module(device)
+    world = launch.world()
+    xp, place = choose_module(device, world.local_rank if world else 0)
     model = dbn.load(path, xp)
     file = folder / "settings.toml"
     beside = (path.is_dir() or path.name == "model.safetensors") and file.is_file()

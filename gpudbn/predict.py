@@ -1,13 +1,15 @@
 """``python -m gpudbn.predict``: classes and their probabilities, by a fine-tuned model.
 
 Rows go through the network in blocks and results to the disk as they come, so data and output may be larger than
-memory. Files take their names when they are whole.
+memory. Files take their names when they are whole. Under ``mpirun`` the ranks take blocks in turn, and the first one
+writes them in order: the same bytes as from one process with as many BLAS threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import secrets
 import shutil
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads 
     import numpy as np
 
     from gpudbn.dbn import DBN
+    from gpudbn.mpi.alone import Exchange
 
 Block: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"  # row numbers, classes, probabilities
 FORMATS = (".npy", ".npz", ".csv")
@@ -32,7 +35,7 @@ FEW = 12  # classes of which a table of confusions is printed
 
 DESCRIPTION = """\
 Predict the class of every row of some data with a fine-tuned model: print a summary and, if the data have
-labels, the error; with --out, write all predictions."""
+labels, the error; with --out, write all predictions. Under mpirun the ranks share the rows out."""
 
 EPILOG = """\
 examples:
@@ -40,13 +43,15 @@ examples:
   python -m gpudbn.predict runs/digits --data digits --out test.csv      and a table of the predictions
   python -m gpudbn.predict model.safetensors --data new.npy --out classes.npz
   python -m gpudbn.predict runs/mnist --data x.npy --labels y.npy        other data, all of them
+  mpirun -n 4 python -m gpudbn.predict runs/mnist --data x.npy --out y.csv      the same file from four processes
 
 what --out FILE holds:
   FILE.npy   predicted classes (rows,) int32; FILE.probabilities.npy beside it, (rows, classes) float32
   FILE.npz   rows int64, labels int32, probabilities float32
   FILE.csv   a line a row: row, label, p0, p1, ...
 The label is the predicted class; row is the number of the row in its file, from 0. In --part all, test
-rows from a file of their own are counted on after the training rows.
+rows from a file of their own are counted on after the training rows. The number of ranks changes no bit; that of
+BLAS threads may change the last ones of probabilities.
 
 exit codes: 0 done, 2 a mistake in what was asked (one line says which), 130 interrupted, 1 a fault of gpudbn"""
 
@@ -77,40 +82,74 @@ def _check(found: argparse.Namespace) -> None:
 
 def predict(found: argparse.Namespace) -> int:
     """Predict as the command line says. Returns the exit code."""
-    model = _command.load_model(found.model, found.device)
+    from gpudbn.mpi import connect
+    from gpudbn.mpi.alone import Exchange
+
+    loaded: list[tuple[_command.Model, _command.Part]] = []
+
+    def prepare() -> int:
+        loaded.append(_load(found))
+        return 0
+
+    exchange = connect("sync", prepare)
+    assert isinstance(exchange, Exchange)  # no server
+    ((model, part),) = loaded
     dbn = model.dbn
-    if dbn.classifier is None:
+    classes = _classes(dbn)
+    tally = _Tally(classes, part.labelled)
+    out = _command.output(found.out, FORMATS) if found.out is not None and exchange.chief else Path()
+    with _command.Progress("predict", part.size) as progress:
+        paths = _WRITERS[out.suffix](out, _blocks(dbn, part, exchange, tally, progress), part.size, classes)
+    if exchange.chief:
+        ranks = f"; {exchange.replicas} ranks" if exchange.replicas > 1 else ""
+        lines = [f"network    {dbn.describe()}", f"data       {part.size:,} {part.what}",
+                 f"compute    {model.place}{ranks}", *tally.lines()]
+        if paths:
+            lines.append(f"wrote      {', '.join(map(str, paths))}")
+        if part.labelled and part.trained_on:
+            lines.append("note       the model was trained on rows that are among these: this is no test error")
+        if part.labelled:
+            lines.append(f"error: {100 * tally.wrong / tally.rows:.2f} %")
+        _command.say(lines)
+    exchange.close()
+    return 0
+
+
+def _load(found: argparse.Namespace) -> tuple[_command.Model, _command.Part]:
+    """A model that can predict, and the rows."""
+    model = _command.load_model(found.model, found.device)
+    if model.dbn.classifier is None:
         raise UserError(f"{found.model}: must be a fine-tuned model; got one that was only pretrained. "
                         "Train with --finetune-epochs above 0 on labelled data")
-    part = _command.part_of(model, found.data, found.labels, found.part)
-    classes = len(dbn.classifier[f"c{len(dbn.layers)}"])
-    tally = _Tally(classes, part.labelled)
-    out = Path() if found.out is None else _command.output(found.out, FORMATS)
-    with _command.Progress("predict", part.size) as progress:
-        paths = _WRITERS[out.suffix](out, _blocks(dbn, part, tally, progress), part.size, classes)
-    lines = [f"network    {dbn.describe()}", f"data       {part.size:,} {part.what}", f"compute    {model.place}",
-             *tally.lines()]
-    if paths:
-        lines.append(f"wrote      {', '.join(map(str, paths))}")
-    if part.labelled and part.trained_on:
-        lines.append("note       the model was trained on rows that are among these: this is no test error")
-    if part.labelled:
-        lines.append(f"error: {100 * tally.wrong / tally.rows:.2f} %")
-    return _command.say(lines)
+    return model, _command.part_of(model, found.data, found.labels, found.part)
 
 
-def _blocks(dbn: DBN, part: _command.Part, tally: _Tally, progress: _command.Progress) -> Iterator[Block]:
-    """Every block of rows: their numbers in the file, their predicted classes, and P(class | row)."""
+def _classes(dbn: DBN) -> int:
+    assert dbn.classifier is not None
+    return len(dbn.classifier[f"c{len(dbn.layers)}"])
+
+
+def _blocks(dbn: DBN, part: _command.Part, exchange: Exchange, tally: _Tally,
+            progress: _command.Progress) -> Iterator[Block]:
+    """Every block of rows: their numbers in the file, their predicted classes, and P(class | row).
+
+    In a round every rank computes a block, and the first rank collects these and yields them in order; on the others
+    nothing comes. So the first rank holds a round at a time and the others a block, and while it writes they compute.
+    """
     import numpy as np
 
     from gpudbn.arrays import to_cpu
 
-    for rows, first in part.tables:
-        for start in range(0, len(rows), _command.BLOCK):
-            positions = np.arange(start, min(start + _command.BLOCK, len(rows)))
+    pieces = ((rows, first, np.arange(start, min(start + _command.BLOCK, len(rows)))) for rows, first in part.tables
+              for start in range(0, len(rows), _command.BLOCK))
+    while turn := list(itertools.islice(pieces, exchange.replicas)):
+        mine = np.empty((0, _classes(dbn)), np.float32)  # the last round may leave nothing for this rank
+        if exchange.replica < len(turn):
+            rows, _, positions = turn[exchange.replica]
             v = np.empty((len(positions), rows.n), np.float32)
             rows.take(positions, v)
-            probabilities = to_cpu(dbn.predict_probabilities(v))
+            mine = to_cpu(dbn.predict_probabilities(v))
+        for (rows, first, positions), probabilities in zip(turn, exchange.collect(mine) or [], strict=False):
             labels = probabilities.argmax(axis=1).astype(np.int32)
             tally.add(labels, rows.take_labels(positions) if part.labelled else None)
             places = positions if rows.index is None else np.asarray(rows.index[positions[0] : positions[-1] + 1])
@@ -161,15 +200,21 @@ class _Tally:
 
 
 class _Stream:
-    """A file written piece by piece that takes its name when it is whole; of one that is not, nothing is left."""
+    """A file written piece by piece that takes its name when it is whole; of one that is not, nothing is left.
+
+    Not even by a process that is killed, as a launcher does to all ranks when one ends badly, where files can be
+    without a name: on the file systems of Linux, NFS excepted.
+    """
 
     def __init__(self, path: Path) -> None:
         from gpudbn.checkpoint import TEMPORARY
 
         self.path, self.target = path, Path(os.path.realpath(path))  # through a link, so that it stays one
         self.temporary = self.target.parent / TEMPORARY.replace("*", f"{os.getpid()}-{secrets.token_hex(4)}")
+        nameless = _nameless(self.target.parent)
+        self.named = nameless is None
         with self.refusing():
-            self.file = self.temporary.open("x+b")
+            self.file = self.temporary.open("x+b") if nameless is None else os.fdopen(nameless, "w+b")
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -200,6 +245,14 @@ class _Stream:
 
         self.write(np.asarray(array, kind).tobytes())
 
+    def settle(self) -> None:
+        """Give the file its name."""
+        with self.refusing():
+            if not self.named:  # a link cannot replace a file, so it takes two steps
+                fd = self.file.fileno()
+                os.link(f"/proc/self/fd/{fd}", self.temporary, src_dir_fd=fd)  # the directory only makes it follow
+            self.temporary.replace(self.target)
+
     def __enter__(self) -> _Stream:
         return self
 
@@ -210,6 +263,14 @@ class _Stream:
             self.temporary.unlink()
 
 
+def _nameless(folder: Path) -> int | None:
+    """Descriptor of a new file without a name in the folder; None where there is no such thing, or no such folder."""
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        with suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    return None
+
+
 def _finished(*streams: _Stream) -> list[Path]:
     """Give the files their names, once all of them are on the disk."""
     for stream in streams:
@@ -217,8 +278,7 @@ def _finished(*streams: _Stream) -> list[Path]:
             stream.file.flush()
             os.fsync(stream.file.fileno())
     for stream in streams:
-        with stream.refusing():
-            stream.temporary.replace(stream.target)
+        stream.settle()
     return [stream.path for stream in streams]
 
 

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="number behind every random draw (default: 0)")
     parser.add_argument("--binary", action="store_true", help="0 and 1, drawn by the probabilities")
     parser.add_argument("--out", metavar="FILE", help="FILE.npy or FILE.png (default: samples.png in the run's folder)")
-    return _command.run(parser, arguments, _check, sample)
+    return _command.run(parser, arguments, _check, sample, alone=True)
 
 
 def _check(found: argparse.Namespace) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import csv
 import os
 import resource
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from gpudbn import _command, predict
+from gpudbn import _command, mpi, predict
 from gpudbn.data import load
 from gpudbn.dbn import DBN
 from gpudbn.dbn import load as load_model
 from gpudbn.errors import UserError
-from gpudbn.mpi import wire
+from gpudbn.mpi.alone import Exchange
 from gpudbn.predict import main
 from gpudbn.settings import Settings
 from tests.helpers import assert_close, assert_notices
@@ -377,17 +376,48 @@ def test_a_part_without_rows(tmp_path, capsys):
         "--part: must be rows that are there; got test, of which digits has none. Use --part all")
 
 
-def test_several_ranks_are_refused_one_is_not(run, capsys, monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-    assert fail(capsys, run, "--data", "digits") == (
-        "python -m gpudbn.predict: must run as one process; got 3 ranks. Start it without mpirun, or with -n 1")
-    monkeypatch.setattr(wire, "GRACE", 0.0)  # in which rank 0 says it and the job ends
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
-    assert fail(capsys, run, "--data", "digits").startswith(f"rank 2 of 3 on {socket.gethostname()}: python -m gpudbn.")
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
-    succeed(run, "--data", "digits")
+class Round(Exchange):
+    """One of several ranks that run one after the other, the chief last: ``collect`` keeps what they gave."""
+
+    def __init__(self, replica, replicas, given):
+        super().__init__()
+        self.replica, self.replicas, self.given = replica, replicas, given
+
+    def collect(self, array):
+        mine = self.given.setdefault(self.replica, [])
+        mine.append(array)
+        return [self.given[r][len(mine) - 1] for r in range(self.replicas)] if self.chief else None
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_take_blocks_in_turn_and_the_first_writes_the_bytes_of_one_process(run, tmp_path, monkeypatch, ranks):
+    def check():
+        succeed(run, "--data", "digits", "--out", tmp_path / "alone.npz")
+        given, connected = {}, mpi.connect
+        for rank in reversed(range(ranks)):
+            exchange = Round(rank, ranks, given)
+            monkeypatch.setattr(mpi, "connect", lambda _, prepare, one=exchange: (prepare(), one)[1])
+            succeed(run, "--data", "digits", "--out", tmp_path / "together.npz")
+            assert (tmp_path / "together.npz").exists() == (rank == 0)
+        monkeypatch.setattr(mpi, "connect", connected)
+        assert [sum(map(len, given[rank])) for rank in range(ranks)] == [
+            len([row for row in range(97) if row // 13 % ranks == rank]) for rank in range(ranks)]
+        assert (tmp_path / "together.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
+
+    monkeypatch.setattr(_command, "BLOCK", 13)
+    check()
+    (tmp_path / "together.npz").unlink()
+    assert_notices(check, predict, "turn[exchange.replica]", "turn[0]")
+
+
+def test_where_no_file_can_be_without_a_name_it_has_a_temporary_one(run, tmp_path, monkeypatch):
+    for name, nameless in (("x.npz", True), ("y.npz", False)):
+        if not nameless:
+            monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+        (tmp_path / name).write_bytes(b"old")
+        succeed(run, "--data", "digits", "--out", tmp_path / name)
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.npz", "y.npz"]
 
 
 def test_help_has_examples(capsys):
