@@ -27,7 +27,7 @@ FLOORS = """
     data/__init__
     unfused
     twins
-    offsets optimiser rbm feed graphs mpi/rules mpi/collective
+    batch offsets optimiser rbm feed graphs mpi/rules mpi/collective
     mpi/changes
     mpi/staged
     mpi/server
