@@ -360,17 +360,17 @@ def adagrad_step(parameters, squares, gradient, *, weights, scale, rate, decay, 
     Dean et al., "Large scale distributed deep networks" (2012), section 4.1.
     """
     scale, rate, shrink = decoupled(scale, rate, decay) if rates is None else rates
-    for decaying, t, p, q, g in _pieces(weights, parameters, squares, gradient):
-        root = _scratch.get("root", p.shape)
-        np.multiply(g, np.float32(scale), out=t)
-        np.multiply(t, t, out=root)
-        np.add(q, root, out=q)
-        np.sqrt(q, out=root)
-        np.add(root, np.float32(eps), out=root)
-        np.divide(t, root, out=t)
-        np.multiply(t, np.float32(rate), out=t)
+    for decaying, step, p, q, g in _pieces(weights, parameters, squares, gradient):
+        if scale != 1:
+            g = np.multiply(g, np.float32(scale), out=_scratch.get("scaled", p.shape))
+        np.multiply(g, g, out=step)
+        np.add(q, step, out=q)
+        np.sqrt(q, out=step)
+        np.add(step, np.float32(eps), out=step)
+        np.divide(g, step, out=step)
+        np.multiply(step, np.float32(rate), out=step)
         _shrink(p[:decaying], shrink)
-        np.add(p, t, out=p)
+        np.add(p, step, out=p)
 
 
 def adam_step(parameters, mean, square, gradient, *, weights, scale, rate, decay, steps, b1=0.9, b2=0.999, eps=1e-8,

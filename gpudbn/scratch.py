@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
 
 # Elementwise passes run in pieces of this many entries, so that they stay in the L2 cache.
-PIECE = 1 << 15
+PIECE = 1 << 16
 
 
 class Scratch(threading.local):
@@ -18,7 +19,7 @@ class Scratch(threading.local):
 
     def get(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
         """An array of this thread's whose content is not specified, the same memory in each call with this name."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.size < size:
             buffer = self.buffers[name, dtype] = np.empty(size, dtype)
