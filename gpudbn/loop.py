@@ -9,8 +9,9 @@ On a GPU nothing in a turn copies or waits: rows come from a ``feed``, a turn of
 graph, and a flag on the device keeps the first update whose parameters were not finite.
 
 Alone, a turn is a reporting interval and the exchange does nothing; an asynchronous replica's turn
-is ``n_push`` updates; synchronous replicas add their sums within every update. At the end of an
-epoch all replicas meet with equal parameters, measure together, and may save.
+is ``n_push`` updates, that of replicas which meet every so often ``period``; synchronous replicas add
+their sums within every update. At the end of an epoch all replicas meet with equal parameters,
+measure together, and may save.
 """
 
 from __future__ import annotations
@@ -79,7 +80,6 @@ class Training:
         dbn.set_precision(chosen(settings.precision, tensor_cores=dbn.xp is not np and settings.kernels != "unfused"))
         self.progress = progress
         self.interrupt = False
-        self.asynchronous = exchange.replicas > 1 and not exchange.cuts_batches
         self.depth = len(dbn.layers)
         finetune = settings.finetune_epochs > 0 and self.labelled.train.labels is not None
         self.phases = self.depth + finetune
@@ -117,12 +117,15 @@ class Training:
         while self.index < self.phases:
             with span(f"phase {self.index}"):
                 plain = self.paths[self.index].name == "unfused"
+                kept = self._phase_arrays
                 with without_kernels(plain):
                     phase = self.phase = self._make_phase()
                 feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp,
                                self._turn(phase) * phase.batch)
                 self.graphs = self._make_graphs(phase, feed)
                 self.exchange.begin(phase.parameters)
+                if kept:
+                    self.exchange.restore(kept)
                 while self.epoch < phase.epochs and not self._enough(phase):
                     with without_kernels(plain), span(f"epoch {self.epoch + 1}"):
                         record = self._run_epoch(phase, feed)
@@ -167,8 +170,8 @@ class Training:
 
     def _turn(self, phase: Phase) -> int:
         """Updates of a turn."""
-        if self.asynchronous:
-            return self.settings.n_push
+        if self.exchange.shards_rows:
+            return self.settings.period if self.settings.mode == "local" else self.settings.n_push
         rows = self._set(self.index).train
         streamed = self.dbn.xp is not np and not is_gpu(rows.array)
         return max(1, min(TURN, AT_ONCE // (phase.batch * rows.n * rows.kept.itemsize))) if streamed else TURN
@@ -178,11 +181,12 @@ class Training:
         rates = phase.begin_epoch(self.epoch)
         # the same number of updates on every replica, also where shards differ by a row
         all_rows = len(self._set(self.index).train)
-        longest = -(-all_rows // self.exchange.replicas) if self.asynchronous else all_rows
+        longest = -(-all_rows // self.exchange.replicas) if self.exchange.shards_rows else all_rows
         count, turn = -(-longest // phase.batch), self._turn(phase)
         positions = feed.begin(permutation(len(feed.rows), seed=self.settings.seed, update=self.epoch,
                                            row=self._first_row(), site=site(Purpose.ORDER, self.index)))
-        before = phase.parameters.copy() if self.asynchronous else None
+        before = phase.parameters.copy() if self.exchange.shards_rows else None
+        self.exchange.part(phase.parameters)
         # an overflow shows itself as a parameter that is not finite, at the end of the turn
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.position < count:
@@ -309,11 +313,11 @@ class Training:
 
     def _shard(self, rows: Rows) -> Rows:
         """The rows this replica learns from: its shard, or all of them where batches are cut."""
-        return rows.shard(self.exchange.replica, self.exchange.replicas) if self.asynchronous else rows
+        return rows.shard(self.exchange.replica, self.exchange.replicas) if self.exchange.shards_rows else rows
 
     def _first_row(self) -> int:
         """Row number of the first row of a batch, for the draws."""
-        return replica_row(self.exchange.replica) if self.asynchronous else 0
+        return replica_row(self.exchange.replica) if self.exchange.shards_rows else 0
 
     def _chain_range(self, batch: int) -> tuple[int, int]:
         """Which of the ``batch`` persistent chains are this replica's: from, to."""
@@ -424,15 +428,17 @@ class Training:
         """Everything needed to go on as if never stopped: arrays and metadata. All replicas call it; the chief gets it.
 
         Parameters and, between synchronous replicas, velocities are the same everywhere; chains, and
-        the velocities of asynchronous replicas, are collected from each.
+        the velocities of replicas on rows of their own, are collected from each.
         """
         self._look()
         found = self.dbn.arrays()
         own: dict[str, np.ndarray] = {}
         if self.phase is not None:
             own = {f"phase.{name}": to_cpu(array) for name, array in self.phase.state().items()}
-            if self.asynchronous:
-                own = self._collected(own)
+            if self.exchange.shards_rows:
+                common, separate = self.exchange.state()
+                own = self._collected(own | {f"phase.{name}": to_cpu(array) for name, array in separate.items()})
+                own |= {f"phase.{name}": to_cpu(array) for name, array in common.items()}
             if self.phase.chains is not None:
                 own |= self._collected({"phase.chains": to_cpu(self.phase.chains)})
             if self.best_parameters is not None:
@@ -441,7 +447,7 @@ class Training:
             return None
         return found | own, {"index": self.index, "epoch": self.epoch, "position": self.position,
                              "updates": self.updates, "best": self.best, "seconds": self.seconds,
-                             "replicas": self.exchange.replicas, "asynchronous": self.asynchronous}
+                             "replicas": self.exchange.replicas, "shards_rows": self.exchange.shards_rows}
 
     def _collected(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         every = {name: self.exchange.collect(array) for name, array in own.items()}
@@ -453,11 +459,11 @@ class Training:
         Raises
         ------
         UserError
-            If the run had another number of asynchronous replicas, whose velocities and chains are their own.
+            If the run had another number of replicas on rows of their own, whose velocities and chains are their own.
         """
-        if meta["asynchronous"] != self.asynchronous or (
-                self.asynchronous and meta["replicas"] != self.exchange.replicas):
-            was = f"{meta['replicas']} {'asynchronous' if meta['asynchronous'] else 'synchronous'} replicas"
+        shards = self.exchange.shards_rows
+        if meta["shards_rows"] != shards or (shards and meta["replicas"] != self.exchange.replicas):
+            was = f"{meta['replicas']} replicas" + (" on rows of their own" if meta["shards_rows"] else "")
             raise UserError(f"--resume: must have the ranks it was started with; got {self.exchange.replicas} "
                             f"replicas for a run with {was}. Use the same mpirun -n")
         self.index, self.epoch, self.position = meta["index"], meta["epoch"], meta["position"]
@@ -468,9 +474,9 @@ class Training:
             if not name.startswith("phase."):
                 continue
             base, _, replica = name[len("phase."):].partition("@")
-            if not replica or (self.asynchronous and int(replica) == self.exchange.replica):
+            if not replica or (shards and int(replica) == self.exchange.replica):
                 kept[base] = arrays[name]
-        if "phase.chains@0" in arrays and not self.asynchronous:
+        if "phase.chains@0" in arrays and not shards:
             every = [arrays[f"phase.chains@{r}"] for r in range(meta["replicas"])]
             low, high = self._chain_range(self.settings.batch)
             kept["chains"] = np.concatenate(every)[low:high]

@@ -68,7 +68,7 @@ class Settings:
     k: int = option(1, "Gibbs steps an update", group="pretraining", rule=AT_LEAST_1)
     epochs: tuple[int, ...] = option((20,), "passes over the data for each layer: one number, or one a layer",
                                      group="pretraining", rule=AT_LEAST_0, metavar="N")
-    batch: int = option(20, "rows an update; of each replica in --mode async, of all together otherwise",
+    batch: int = option(20, "rows an update; of all replicas together in --mode sync, of each otherwise",
                         group="pretraining", rule=AT_LEAST_1, metavar="ROWS")
     learning_rate: tuple[float, ...] = option((0.02,), "step size: one number, or one a layer", group="pretraining",
                                               rule=POSITIVE, metavar="RATE")
@@ -145,13 +145,26 @@ class Settings:
     plots: str = option("on", "pictures in the run folder", group="run", choices=("on", "off"))
 
     mode: str = option("async", "under mpirun: async (parameter servers on the first ranks, the others replicas on "
-                       "their own shards of the data) or sync (all ranks are replicas on slices of every batch)",
-                       group="distribution", choices=("async", "sync"))
+                       "their own shards of the data), sync (all ranks are replicas on slices of every batch) or local "
+                       "(all ranks are replicas on their own shards, which meet every --period updates)",
+                       group="distribution", choices=("async", "sync", "local"))
     servers: int = option(1, "async: ranks that serve, each a shard of the parameters", group="distribution",
                           rule=AT_LEAST_1, metavar="S")
     n_push: int = option(4, "async: updates between two pushes", group="distribution", rule=AT_LEAST_1, metavar="N")
     n_fetch: int = option(4, "async: updates between two fetches, a multiple of --n-push", group="distribution",
                           rule=AT_LEAST_1, metavar="N")
+    period: int = option(10, "local: updates between two meetings; the end of an epoch is always one",
+                         group="distribution", rule=AT_LEAST_1, metavar="N")
+    outer: str = option("average", "local: what a meeting does: average (all go on from the mean), nesterov (from the "
+                        "last such point, by a step with momentum along the mean change) or elastic (each goes on from "
+                        "its own parameters, drawn to a centre that is drawn to all; the centre is what is measured "
+                        "and saved)", group="distribution", choices=("average", "nesterov", "elastic"))
+    outer_rate: float = option(0.7, "local: step size of --outer nesterov", group="distribution", rule=POSITIVE,
+                               metavar="RATE")
+    outer_momentum: float = option(0.9, "local: momentum of --outer nesterov", group="distribution", rule=BELOW_1,
+                                   metavar="MU")
+    elasticity: float = option(0.9, "local: share of the way from the centre to the mean that --outer elastic moves it",
+                               group="distribution", rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="BETA")
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
                         "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
                         choices=("fast", "fixed"))

@@ -6,6 +6,7 @@ runs ``loop.Training`` and writes what it yields into a run folder.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 import sys
@@ -33,6 +34,7 @@ examples:
   python -m gpudbn.train                                        the built-in 8x8 digits
   mpirun -n 3 python -m gpudbn.train                            a parameter server and two replicas
   mpirun -n 4 python -m gpudbn.train --mode sync --order fixed  the same bits as alone
+  mpirun -n 4 python -m gpudbn.train --mode local --period 50   replicas that are averaged now and then
   python -m gpudbn.train --data mnist --layers 500 500 2000     MNIST, downloaded once
   python -m gpudbn.train --data images.npz --method pcd --k 5 --finetune-epochs 0
   python -m gpudbn.train --resume runs/digits-20260101-120000   go on after an interrupt
@@ -72,9 +74,9 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     world = launch.world()
     ranks = world.size if world else 1
     asynchronous = ranks > 1 and settings.mode == "async"
-    if asynchronous and settings.order == "fixed":
-        raise UserError("--order: must be fast with --mode async, whose replicas arrive in no fixed order; got fixed. "
-                        "Use --mode sync")
+    if ranks > 1 and settings.mode != "sync" and settings.order == "fixed":
+        why = "whose replicas arrive in no fixed order" if asynchronous else "whose replicas cut no batch"
+        raise UserError(f"--order: must be fast with --mode {settings.mode}, {why}; got fixed. Use --mode sync")
     loaded: list[tuple[DataSet, DataSet | None]] = []
 
     def prepare() -> int:
@@ -82,11 +84,23 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
         loaded.append((data, labelled))
         return _largest(settings, data, labelled)
 
-    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, servers=settings.servers)
+    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, servers=settings.servers,
+                       outer=_outer(settings))
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
     return _replica(settings, *loaded[0], exchange, out, resume)
+
+
+def _outer(settings: Settings) -> Any:
+    """What makes replicas that meet as ``--outer`` says, for ``connect``."""
+    from gpudbn.mpi.collective import Averaging, Elastic
+
+    if settings.outer == "elastic":
+        return functools.partial(Elastic, elasticity=settings.elasticity)
+    if settings.outer == "nesterov":
+        return functools.partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)
+    return Averaging
 
 
 def _load(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]:
@@ -239,9 +253,11 @@ class _Show:
         if run is None:
             return
         e, s = self.exchange, self.settings
-        how = "one process" if e.replicas == 1 else f"{e.replicas} {s.mode}hronous replicas" + (
-            "" if s.mode != "async" else " around a parameter server" if s.servers == 1 else
-            f" around {s.servers} parameter servers")
+        how = "one process" if e.replicas == 1 else f"{e.replicas} " + {
+            "sync": "synchronous replicas",
+            "async": "asynchronous replicas around " + (
+                "a parameter server" if s.servers == 1 else f"{s.servers} parameter servers"),
+            "local": f"replicas that meet every {s.period} updates ({s.outer})"}[s.mode]
         self.say(f"network  {dbn.describe()}")
         self.say(f"data     {data.describe()}")
         if labelled is not None:

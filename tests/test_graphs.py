@@ -33,7 +33,7 @@ OPTIONS = [
 class Asynchronous(Slice):
     """An asynchronous replica, as far as its own computation goes."""
 
-    cuts_batches = False
+    cuts_batches, shards_rows = False, True
 
     def __init__(self):
         super().__init__(1, 2)

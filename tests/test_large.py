@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(options):
 class Halving(Slice):
     """An asynchronous replica whose parameters others halve between its turns."""
 
-    cuts_batches = False
+    cuts_batches, shards_rows = False, True
 
     def __init__(self):
         super().__init__(1, 2)

@@ -214,7 +214,7 @@ def test_parameters_that_are_not_finite_end_the_run_naming_layer_and_update(opti
 
 def test_more_asynchronous_replicas_than_rows_are_refused():
     exchange = Slice(60, 61)
-    exchange.cuts_batches = False
+    exchange.cuts_batches, exchange.shards_rows = False, True
     with pytest.raises(UserError, match="at least one training row a replica; got 51 rows for 61 replicas"):
         training(small_settings(), exchange=exchange)
 
@@ -223,7 +223,7 @@ def test_asynchronous_shards_cover_every_row_once():
     seen = []
     for replica in range(3):
         exchange = Slice(replica, 3)
-        exchange.cuts_batches = False
+        exchange.cuts_batches, exchange.shards_rows = False, True
         run = training(small_settings(), exchange=exchange)
         shard = run._shard(run.data.train)
         rows = np.empty((len(shard), 13), np.float32)

@@ -3,7 +3,7 @@
     launch.py      what the launcher said; before NumPy and MPI are loaded
     alone.py       what a training loop may ask of other replicas; the answers of one on its own
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
-    collective.py  replicas in step
+    collective.py  replicas in step, or that meet every so often
     replica.py     replicas around parameter servers
     server.py      a server
     rules.py       what a server does with a change
@@ -23,20 +23,23 @@ from gpudbn.mpi import launch
 
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
+    from gpudbn.mpi.collective import Periodic
     from gpudbn.mpi.rules import Rule
     from gpudbn.mpi.server import Server
     from gpudbn.mpi.wire import Wire
 
-MODES = ("sync", "async")
+MODES = ("sync", "async", "local")
 
 
-def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1) -> Exchange | Server:
+def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
+            outer: Callable[[Wire], Periodic] | None = None) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
     ----------
-    mode : "sync" or "async"
-        All ranks are replicas and cut every batch; or the first ranks serve and the others are replicas.
+    mode : "sync", "async" or "local"
+        All ranks are replicas and cut every batch; the first ranks serve and the others are replicas; or all ranks
+        are replicas on rows of their own, which meet now and then.
     size : int, or a function that returns it
         Entries of the largest parameter vector of the run: room for it is made once. A function is called
         on the replicas, on the first of them before the others, so that data are downloaded or
@@ -45,6 +48,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         How a server applies a change, in place; default: parameters += change.
     servers : int
         Mode async: how many ranks serve, each a shard of the parameters.
+    outer : callable, optional
+        Mode local: makes the kind of replica that meets in this way; default: ``collective.Averaging``.
 
     Returns
     -------
@@ -85,6 +90,10 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
         from gpudbn.mpi.collective import Synchronous
 
         return Synchronous(wire)
+    if mode == "local":
+        from gpudbn.mpi.collective import Averaging
+
+        return (outer or Averaging)(wire)
     from gpudbn.mpi.replica import Asynchronous
     from gpudbn.mpi.server import Server, cuts
 

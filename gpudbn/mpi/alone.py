@@ -29,6 +29,8 @@ class Exchange:
         Whether I print and write files: replica 0.
     cuts_batches : bool
         Whether each replica computes a slice of every global batch.
+    shards_rows : bool
+        Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
 
     Notes
     -----
@@ -39,6 +41,7 @@ class Exchange:
     replicas = 1
     local_replica = 0
     cuts_batches = False
+    shards_rows = False
 
     def __init__(self) -> None:
         self._started = self.clock()
@@ -60,6 +63,19 @@ class Exchange:
             Modified, except on replica 0. The size may differ from phase to phase.
         """
 
+    def state(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What a checkpoint keeps of the exchange: arrays that all replicas have alike, and this replica's own.
+
+        To be asked after ``meet``. Names are the same on every replica.
+        """
+        return {}, {}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """After ``begin``: take up what ``state`` gave, which is among these."""
+
+    def part(self, parameters: Array) -> None:
+        """Start of an epoch: each goes on from parameters of its own, if those it left ``meet`` with are not."""
+
     def add_(self, sums: Array) -> None:
         """sums = sum over replicas of sums, in place, where batches are cut. Same bits on every replica."""
 
@@ -80,7 +96,7 @@ class Exchange:
             sums += partial
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
-        """Give my change, parameters - before, to the server and take the latest parameters.
+        """Give my change, parameters - before, to the server or to all, and take what has come of everyone's.
 
         Parameters
         ----------
@@ -89,16 +105,16 @@ class Exchange:
         before : array (size,), float32
             What the parameters were at the last exchange. Afterwards equal to ``parameters``.
         fetch : bool
-            False: only give.
+            False: only give, where there is a server.
 
         Notes
         -----
-        Does nothing, to ``before`` as well, unless the replicas are asynchronous. Changes are not looked
+        Does nothing, to ``before`` as well, unless the replicas have rows of their own. Changes are not looked
         at here: the loop checks at intervals that its parameters are finite.
         """
 
     def meet(self, parameters: Array) -> None:
-        """End of an epoch: every change is in, and all leave with equal parameters.
+        """End of an epoch: every change is in, and all leave with equal parameters: those to be measured and saved.
 
         Changes since the last ``exchange`` are lost: exchange first. ``before`` is the caller's to renew.
         """

@@ -84,6 +84,8 @@ class Asynchronous(Together):
         Entries of the largest parameter vector of the run, as told to the servers.
     """
 
+    shards_rows = True
+
     def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int) -> None:
         super().__init__(replicas)
         self.world = world

@@ -79,7 +79,7 @@ def no_launcher(monkeypatch):
 
 
 def test_modes(no_launcher):
-    with pytest.raises(UserError, match="mode: must be one of sync, async; got 'asink'"):
+    with pytest.raises(UserError, match="mode: must be one of sync, async, local; got 'asink'"):
         connect("asink", 10)
     with pytest.raises(UserError, match=r"async must have at least 2 ranks.*got 1. Start it with mpirun"):
         connect("async", 10)
