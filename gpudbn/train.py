@@ -174,7 +174,8 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     saver = _Saver(training, exchange, run, settings.checkpoint_seconds)
     last: dict[str, Any] = {}
     try:
-        saver.save()
+        if not resume:  # which has one, of more than is taken up so far
+            saver.save()
         for record in training.run():
             last = record
             if run is not None:

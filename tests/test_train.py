@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from gpudbn import checkpoint, load
+from gpudbn.loop import Training
 from gpudbn.train import main
 
 SMALL = ["--layers", "17", "11", "--epochs", "2", "--finetune-epochs", "3", "--batch", "50", "--plots", "off"]
@@ -102,6 +104,21 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     assert "layer 1   epoch   1/" not in said, "it did not begin anew"
     epochs = [r["epoch"] for r in records(tmp_path / "run") if r["phase"] == "pretrain"]
     assert epochs == list(range(1, 41)), "each epoch is recorded once"
+
+
+def test_a_resumed_run_keeps_its_checkpoint_until_it_has_another(tmp_path, capsys, monkeypatch):
+    """The one it has knows velocities and chains, which the run takes up only when it goes on."""
+    training_run, left = Training.run, iter([2, 0])
+
+    def stopped(training):
+        yield from itertools.islice(training_run(training), next(left))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "run", stopped)
+    assert run(capsys, "--out", tmp_path / "run", "--checkpoint-seconds", 0)[0] == 130
+    before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    assert run(capsys, "--resume", tmp_path / "run")[0] == 130
+    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
 
 
 def test_a_finished_run_may_be_resumed_and_says_the_same(tmp_path, capsys):

@@ -8,9 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from gpudbn.arrays import to_cpu, to_gpu
 from gpudbn.errors import UserError
 from gpudbn.mpi import collective
 from gpudbn.mpi.collective import Averaging, Elastic
+from tests import pretend_cupy
 from tests.helpers import assert_close, assert_notices
 from tests.mpi.room import together
 from tests.test_loop import small_settings, timeless, training
@@ -81,6 +83,31 @@ def test_meetings_are_those_of_the_papers(outer):
 ])
 def test_another_formula_is_noticed(outer, line, fault):
     assert_notices(lambda: check_formulas(outer), collective, line, fault)
+
+
+@pytest.mark.parametrize("outer", OUTERS)
+def test_arrays_on_a_gpu_meet_as_those_on_the_host_do(outer):
+    """The copies to the host that MPI wants are the wire's."""
+    steps = np.random.default_rng(6).standard_normal((3, 11)).astype(np.float32)
+
+    def replica(wire, asarray):
+        exchange = OUTERS[outer](wire)
+        parameters = asarray(np.full(11, 2, np.float32))
+        exchange.begin(parameters)
+        exchange.restore({name: np.full(11, 3, np.float32) for part in exchange.state() for name in part})
+        exchange.part(parameters)
+        before = parameters.copy()
+        for step in steps:
+            parameters += asarray(step)
+            exchange.exchange(parameters, before)
+        exchange.meet(parameters)
+        return to_cpu(parameters), to_cpu(before)
+
+    (expected,) = together(1, lambda wire: replica(wire, np.asarray))
+    with pretend_cupy.installed() as device:
+        (found,) = together(1, lambda wire: replica(wire, to_gpu))
+        assert len(device.copies("to host")) == 2, "only what the test asks for"
+    assert all(map(np.array_equal, found, expected))
 
 
 def finished(outer, stop=None, **options):

@@ -89,6 +89,29 @@ def test_without_a_fixed_order_replicas_start_alike_and_learn_as_much(tmp_path):
     assert error_of(tmp_path / "three") < 0.07
 
 
+@pytest.mark.parametrize("outer", ["average", "nesterov", "elastic"])
+def test_replicas_that_meet_now_and_then_learn_the_digits(outer, tmp_path):
+    """Their changes are averaged, not added, so they may be larger than one's alone."""
+    said = train(3, "--mode", "local", "--outer", outer, "--layers", 200, 100, "--learning-rate", 0.06,
+                 "--finetune-learning-rate", 0.01, "--finetune-epochs", 20, "--plots", "off", "--out", tmp_path / "run")
+    assert f"3 replicas that meet every 10 updates ({outer})" in said
+    assert error_of(tmp_path / "run") < 0.1
+    assert records(tmp_path / "run")[-1]["meetings"] == (2 * 20 + 20) * 2, "of 20 updates each"
+
+
+def test_replicas_that_meet_now_and_then_go_on_with_the_bits_of_a_run_that_never_stopped(tmp_path):
+    options = [*SMALL, "--mode", "local", "--outer", "elastic", "--period", 4, "--checkpoint-seconds", 0,
+               "--epochs", 20]
+    train(3, *options, "--out", tmp_path / "whole")
+    process = start(3, *options, "--out", tmp_path / "cut")
+    wait_for(tmp_path / "cut", epochs=24)
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process)
+    train(3, "--resume", tmp_path / "cut")
+    for name, array in load(tmp_path / "whole").arrays().items():
+        assert np.array_equal(array, load(tmp_path / "cut").arrays()[name]), name
+
+
 @pytest.fixture(scope="module")
 def asynchronous(tmp_path_factory):
     """A run of a server and two replicas with the defaults."""
@@ -214,4 +237,7 @@ def test_asynchronous_needs_a_replica_and_refuses_a_fixed_order(tmp_path):
     got, _, err = finish(start(3, "--order", "fixed", "--out", tmp_path / "run"), timeout=30)
     assert got == 2
     assert "--order: must be fast with --mode async" in err
+    got, _, err = finish(start(2, "--mode", "local", "--order", "fixed", "--out", tmp_path / "run"), timeout=30)
+    assert got == 2
+    assert "--order: must be fast with --mode local, whose replicas cut no batch" in err
     assert train(1, *SMALL, "--out", tmp_path / "one"), "one rank is a single process"
