@@ -81,10 +81,11 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     wire = Wire.start()
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    return join(wire, mode, size, rule, servers)
+    return join(wire, mode, size, rule, servers, outer)
 
 
-def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1) -> Exchange | Server:
+def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
+         outer: Callable[[Wire], Periodic] | None = None) -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
