@@ -118,6 +118,7 @@ class Periodic(Together):
         with span("allreduce"):
             self.wire.allreduce_(changes)
         self.meetings += 1
+        self.wire.worked("exchange", changes.nbytes)
 
     def report(self) -> dict[str, Any]:
         return super().report() | {"meetings": self.meetings}

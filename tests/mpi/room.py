@@ -50,6 +50,12 @@ class RoomWire:
         self.room, self.rank, self.size = room, rank, room.ranks
         self.label, self.tally = "", Tally()
 
+    def clock(self):
+        return self.tally.clock()
+
+    def worked(self, what, nbytes):
+        pass
+
     def local_rank(self):
         return self.rank
 
