@@ -27,13 +27,15 @@ AT_LEAST_1: Rule = (lambda x: x >= 1, "be at least 1")
 POSITIVE: Rule = (lambda x: 0 < x < float("inf"), "be above 0")
 BETWEEN: Rule = (lambda x: 0 < x < 1, "lie between 0 and 1")
 BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
+SERVER_RULES = ("sgd", "momentum", "adagrad")
+STALENESS = ("count", "divide", "compensate")
 SEED: Rule = (lambda x: 0 <= x < 1 << 64, "lie in [0, 2**64)")
 
 
 def option(default: Any, text: str, *, group: str, rule: Rule | None = None, choices: Sequence[str] = (),
-           metavar: str | None = None) -> Any:
-    """A field of Settings with what the command line needs to know of it."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "rule": rule,
+           metavar: str | None = None, follows: bool = False) -> Any:
+    """A field of Settings with what the command line needs to know of it; ``follows``: None is what fits the others."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "rule": rule, "follows": follows,
                                                         "choices": tuple(choices), "metavar": metavar})
 
 
@@ -76,8 +78,10 @@ class Settings:
                            choices=("constant", "linear", "exponential", "cosine"))
     learning_rate_end: float = option(0.1, "rate of the last epoch as a fraction of the first", group="pretraining",
                                       rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="FRACTION")
-    momentum: tuple[float, ...] = option((0.5, 0.9), "momentum: one number, or the one to begin with and the one "
-                                         "after --momentum-epochs", group="pretraining", rule=BELOW_1, metavar="MU")
+    momentum: tuple[float, ...] = option(None, "momentum: one number, or the one to begin with and the one after "
+                                         "--momentum-epochs (default: 0.5 0.9, or 0 where replicas make plain steps: "
+                                         "see --server-rule)", group="pretraining", rule=BELOW_1, metavar="MU",
+                                         follows=True)
     momentum_epochs: int = option(5, "epochs with the first momentum", group="pretraining", rule=AT_LEAST_0,
                                   metavar="N")
     decay: float = option(2e-4, "L2 decay of the weights (times the learning rate)", group="pretraining",
@@ -105,7 +109,8 @@ class Settings:
                                   rule=AT_LEAST_0, metavar="N")
     finetune_batch: int | None = option(None, "rows an update (default: --batch)", group="fine-tuning",
                                         rule=AT_LEAST_1, metavar="ROWS")
-    optimiser: str = option("adam", "step rule of fine-tuning", group="fine-tuning", choices=("adam", "adagrad", "sgd"))
+    optimiser: str = option(None, "step rule of fine-tuning (default: adam, or sgd where replicas make plain steps: "
+                            "see --server-rule)", group="fine-tuning", choices=("adam", "adagrad", "sgd"), follows=True)
     finetune_learning_rate: float = option(0.004, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
                                            metavar="RATE")
     finetune_schedule: str = option("cosine", "how that rate falls over the epochs", group="fine-tuning",
@@ -113,8 +118,9 @@ class Settings:
     finetune_learning_rate_end: float = option(0.01, "rate of the last epoch as a fraction of the first",
                                                group="fine-tuning", metavar="FRACTION",
                                                rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"))
-    finetune_momentum: float = option(0.9, "momentum of --optimiser sgd", group="fine-tuning", rule=BELOW_1,
-                                      metavar="MU")
+    finetune_momentum: float = option(None, "momentum of --optimiser sgd (default: 0.9, or 0 where replicas make plain "
+                                      "steps: see --server-rule)", group="fine-tuning", rule=BELOW_1, metavar="MU",
+                                      follows=True)
     finetune_decay: float = option(0.0, "L2 decay of the weights (times the learning rate)", group="fine-tuning",
                                    rule=AT_LEAST_0, metavar="DECAY")
     dropout: float = option(0.3, "fraction of hidden units left out in each fine-tuning update", group="fine-tuning",
@@ -165,6 +171,20 @@ class Settings:
                                    metavar="MU")
     elasticity: float = option(0.9, "local: share of the way from the centre to the mean that --outer elastic moves it",
                                group="distribution", rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="BETA")
+    server_rule: str = option("sgd", "async: what a server does with a change: sgd adds --server-rate times it, "
+                              "momentum takes that for the step of momentum, adagrad the change for a gradient. The "
+                              "latter two want plain steps at the replicas: no momentum, and --optimiser sgd",
+                              group="distribution", choices=SERVER_RULES)
+    server_rate: float = option(None, "async: rate of --server-rule (default: 1; adagrad: 0.01, about what a parameter "
+                                "moves in its first step)", group="distribution", rule=POSITIVE, metavar="RATE",
+                                follows=True)
+    server_momentum: float = option(0.9, "async: momentum of --server-rule momentum", group="distribution",
+                                    rule=BELOW_1, metavar="MU")
+    staleness: str = option("count", "async: a change that comes s changes of others late is: only counted; divided by "
+                            "max(1, s); or compensated to first order for where the parameters have gone since, which "
+                            "wants plain steps at the replicas", group="distribution", choices=STALENESS)
+    compensation: float = option(2.0, "async: how much --staleness compensate does", group="distribution",
+                                 rule=AT_LEAST_0, metavar="LAMBDA")
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
                         "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
                         choices=("fast", "fixed"))
@@ -172,6 +192,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+        self._settle()
         for name in ("epochs", "learning_rate"):
             if len(getattr(self, name)) not in (1, len(self.layers)):
                 raise UserError(f"{flag(name)}: must be one number, or one for each of the {len(self.layers)} layers; "
@@ -188,6 +209,28 @@ class Settings:
                             "can tell; got bf16. Use bf16x2")
         if len(self.layers) > 255:
             raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
+
+    def _settle(self) -> None:
+        """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""
+        steps = (f"--server-rule {self.server_rule}" if self.server_rule != "sgd" else
+                 f"--staleness {self.staleness}" if self.staleness == "compensate" else None)
+        if steps and self.mode != "async":
+            raise UserError(f"--mode: must be async with {steps}, which is the servers' to do; got {self.mode}")
+        self._follow("momentum", (0.5, 0.9), 0.0, steps)
+        self._follow("optimiser", "adam", "sgd", steps)
+        self._follow("finetune_momentum", 0.9, 0.0, steps)
+        self._follow("server_rate", 0.01 if self.server_rule == "adagrad" else 1.0, None, None)
+
+    def _follow(self, name: str, usual: Any, plain: Any, steps: str | None) -> None:
+        """Set it if it was not given: to ``plain`` where a setting, ``steps``, wants plain steps at the replicas."""
+        value = getattr(self, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is None:
+            value = usual if not steps else (plain,) if isinstance(usual, tuple) else plain
+            object.__setattr__(self, name, value)
+        elif steps and any(number != plain for number in numbers):
+            raise UserError(f"{flag(name)}: must be {plain} with {steps}, for which replicas make plain steps; "
+                            f"got {' '.join(map(str, numbers))}")
 
     def of_layer(self, name: str, layer: int) -> Any:
         """The value for one layer of a setting that has one number, or one a layer."""
@@ -237,7 +280,7 @@ def _plain_type(name: str) -> tuple[type, bool, bool]:
 def checked(field: dataclasses.Field, value: Any) -> Any:
     """The value with its exact type, or a UserError that names setting, rule and value."""
     kind, many, optional = _plain_type(field.name)
-    if value is None and optional:
+    if value is None and (optional or field.metadata["follows"]):
         return None
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if many and not values:
@@ -301,7 +344,7 @@ def command_line(prog: str, description: str, epilog: str = "") -> argparse.Argu
             groups[group] = parser.add_argument_group(group)
         kind, many, _ = _plain_type(name)
         default: Any = field.default
-        shown = " ".join(map(str, default)) if many else default
+        shown = " ".join(map(str, default)) if many and default is not None else default
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {shown})")
         word = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else (
             field.metadata["metavar"] or {int: "N", float: "X", str: "TEXT"}[kind])

@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(settings: Settings, *, out: str | None = None, resume: str | None = None) -> int:
     """Train as the settings say; on the server's rank, serve. Returns the exit code."""
     from gpudbn.mpi import connect
+    from gpudbn.mpi.rules import from_settings
     from gpudbn.mpi.server import Server
 
     world = launch.world()
@@ -84,7 +85,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
         loaded.append((data, labelled))
         return _largest(settings, data, labelled)
 
-    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, servers=settings.servers,
+    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, from_settings(settings), settings.servers,
                        outer=_outer(settings))
     if isinstance(exchange, Server):
         exchange.serve()

@@ -27,7 +27,8 @@ FLOORS = """
     data/__init__
     unfused
     twins
-    batch offsets optimiser rbm feed graphs mpi/rules mpi/collective
+    batch offsets optimiser rbm feed graphs mpi/collective
+    mpi/rules
     mpi/changes
     mpi/staged
     mpi/server

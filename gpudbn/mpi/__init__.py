@@ -44,8 +44,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Entries of the largest parameter vector of the run: room for it is made once. A function is called
         on the replicas, on the first of them before the others, so that data are downloaded or
         unpacked once; the server is told. Its UserError ends all ranks with one line.
-    rule : callable (parameters, change, staleness), optional
-        How a server applies a change, in place; default: parameters += change.
+    rule : callable (parameters, change, staleness), or a ``rules.Compensated``, optional
+        How a server applies a change, in place; default: parameters += change. The same on all ranks.
     servers : int
         Mode async: how many ranks serve, each a shard of the parameters.
     outer : callable, optional
@@ -96,13 +96,14 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
 
         return (outer or Averaging)(wire)
     from gpudbn.mpi.replica import Asynchronous
+    from gpudbn.mpi.rules import Compensated
     from gpudbn.mpi.server import Server, cuts
 
     replicas = wire.split(int(wire.rank >= servers))
     links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
     mine = [link for link in links if link is not None]
     if wire.rank >= servers:
-        return Asynchronous(wire, replicas, mine, size)
+        return Asynchronous(wire, replicas, mine, size, asking=isinstance(rule, Compensated))
     part = cuts(size, servers)[wire.rank]
     return Server(wire, mine[0], part.stop - part.start, rule)
 

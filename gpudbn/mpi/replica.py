@@ -30,12 +30,14 @@ class Link:
         The server, rank 0, and all replicas. Collective over these.
     size : int
         Entries of the server's shard of the largest parameter vector of the run.
+    asking : bool
+        See ``staged.ReplicaEnd``.
     """
 
-    def __init__(self, wire: Wire, size: int) -> None:
+    def __init__(self, wire: Wire, size: int, *, asking: bool = False) -> None:
         self.wire, self.replica = wire, wire.rank - 1
         self.header = Header(wire.size - 1)  # as of the last pull
-        self.end = ReplicaEnd(wire, size, self.header.words.size)
+        self.end = ReplicaEnd(wire, size, self.header.words.size, asking=asking)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
 
     def begin(self, shard: Array) -> None:
@@ -82,16 +84,19 @@ class Asynchronous(Together):
         For each server the wire of it and all replicas. Collective over these.
     size : int
         Entries of the largest parameter vector of the run, as told to the servers.
+    asking : bool
+        See ``staged.ReplicaEnd``.
     """
 
     shards_rows = True
 
-    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int) -> None:
+    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, *,
+                 asking: bool = False) -> None:
         super().__init__(replicas)
         self.world = world
         world.label = self.wire.label
         self._size = size
-        self.links = [Link(wire, part.stop - part.start)
+        self.links = [Link(wire, part.stop - part.start, asking=asking)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0

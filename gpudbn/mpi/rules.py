@@ -1,17 +1,21 @@
 """What a server does with a change: the step rules. They know vectors, not what these mean.
 
 A rule is called as rule(parameters, change, staleness) and changes the parameters in place; staleness counts the
-changes of other replicas that came in since the parameters on which the change was computed.
+changes of other replicas that came in since the parameters on which the change was computed. A change points uphill,
+as gradients do here: a replica's plain steps make it the sum of its gradients times the rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from gpudbn.arrays import Array
+from gpudbn import optimiser
+from gpudbn.arrays import Array, module_of
+from gpudbn.settings import Settings
 
-Rule = Callable[[Array, Array, int], None]
+Rule = Callable[..., None]
 
 
 def add(parameters: Array, change: Array, staleness: int) -> None:  # noqa: ARG001
@@ -23,7 +27,8 @@ class Steps:
     """Step rules at a server: every change counts as a gradient of its own.
 
     What the rule keeps, such as a velocity, is made anew for every new vector of parameters. Dean et al., "Large scale
-    distributed deep networks" (2012), section 4.1, have Adagrad at the servers.
+    distributed deep networks" (2012), section 4.1, have Adagrad at the servers; Zhang et al.,
+    "Staleness-aware async-SGD for distributed deep learning" (2015), divide by the staleness.
 
     Parameters
     ----------
@@ -56,3 +61,73 @@ class Steps:
         """One step with the change of an RBM that came as its activations: see ``reference.cd_sums``."""
         rate = self._rate(parameters, staleness)
         self._rule.step_with_activations(parameters, v, h, rows, model_weight=model_weight, rate=rate)
+
+
+class Compensated:
+    """Delay compensation in front of a rule: it gets what the change would be at the parameters, to first order.
+
+        square <- 0.95 square + 0.05 change^2
+        change - strength change^2 / sqrt(square) (parameters - base)
+
+    with base the parameters on which the change was computed. A gradient changes by the curvature times the way; the
+    squared gradient stands for the curvature, which is negative where a likelihood has its top. Zheng et al.,
+    "Asynchronous stochastic gradient descent with delay compensation" (2017), algorithm 2, in its adaptive form: the
+    strength is divided by the root mean square of the gradients, and so the scale of a change does not matter.
+
+    A server keeps what each replica works on: what that pulled, and the changes that it made to it by itself since.
+    For that it must know what is pulled: pulls go by message.
+
+    Parameters
+    ----------
+    rule : callable (parameters, change, staleness)
+    strength : float
+        lambda_0 of the paper, which takes 2.
+    """
+
+    KEEP = 0.95  # of the mean square with each change
+    TINY = 1e-30  # below any square that matters: keeps 0 / 0 out
+
+    def __init__(self, rule: Rule, strength: float) -> None:
+        self.rule, self.strength = rule, strength
+
+    def begin(self, parameters: Array, replicas: int) -> None:
+        """New parameters (size,), float32: all replicas have them."""
+        xp = module_of(parameters)
+        self._bases = [parameters.copy() for _ in range(replicas)]
+        self._square, self._work, self._change = (xp.zeros_like(parameters) for _ in range(3))
+
+    def pulled(self, replica: int, parameters: Array) -> None:
+        """The replica works on these from now on."""
+        self._bases[replica][...] = parameters
+
+    def __call__(self, parameters: Array, change: Array, staleness: int, *, replica: int) -> None:
+        """The rule, with the compensated change of a replica. The change is not modified."""
+        self.rule(parameters, self._compensated(parameters, change, self._bases[replica]), staleness)
+        self._bases[replica] += change  # as the replica has done
+
+    def _compensated(self, parameters: Array, change: Array, base: Array) -> Array:
+        xp, square, work, out = module_of(parameters, change), self._square, self._work, self._change
+        xp.multiply(change, change, out=out)
+        square *= self.KEEP
+        xp.multiply(out, 1 - self.KEEP, out=work)
+        square += work
+        xp.sqrt(xp.add(square, self.TINY, out=work), out=work)
+        xp.divide(out, work, out=out)
+        xp.subtract(base, parameters, out=work)
+        out *= work
+        out *= self.strength
+        out += change
+        return out
+
+
+def from_settings(settings: Settings) -> Rule:
+    """What servers do by ``--server-rule`` and ``--staleness``."""
+    s = settings
+    rule: Rule = add
+    if s.server_rule != "sgd" or s.server_rate != 1 or s.staleness == "divide":
+        makes: dict[str, Callable[..., Any]] = {
+            "sgd": optimiser.SGD, "momentum": partial(optimiser.Momentum, momentum=s.server_momentum),
+            "adagrad": optimiser.Adagrad}
+        make = makes[s.server_rule]
+        rule = Steps(partial(make, decay=0.0), rate=s.server_rate, by_staleness=s.staleness == "divide")
+    return Compensated(rule, s.compensation) if s.staleness == "compensate" else rule

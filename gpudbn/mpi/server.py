@@ -8,12 +8,13 @@ business of ``staged.py``, and how a change is packed that of ``changes.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpudbn.mpi import changes
-from gpudbn.mpi.rules import Rule, add
+from gpudbn.mpi.rules import Compensated, Rule, add
 from gpudbn.mpi.staged import ANSWER, ASK, CONTROL, ServerEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
@@ -124,7 +125,8 @@ class Server:
             label = self._end.label(replica)
             staleness = int(header.version[0] - label[changes.BASE])
             with span("apply"):
-                changes.apply(self.rule, self._parameters, label, self._end.payload(replica), staleness)
+                rule = partial(self.rule, replica=replica) if isinstance(self.rule, Compensated) else self.rule
+                changes.apply(rule, self._parameters, label, self._end.payload(replica), staleness)
                 self.wire.worked("apply", self._parameters.nbytes)
             self._end.taken(replica)
             header.version += 1
@@ -142,6 +144,9 @@ class Server:
         self.wire.recv(message, source, tag)
         if tag == ASK:
             self._asked += 1
+            if isinstance(self.rule, Compensated):
+                self._take()  # what this replica has pushed is in what it gets
+                self.rule.pulled(source - 1, self._parameters)
             self.wire.send(self._header.words, source, ANSWER)
             self.wire.send(self._parameters, source, ANSWER)
             return False
@@ -149,6 +154,8 @@ class Server:
         if kind == BEGIN:
             self._parameters = np.empty(size, np.float32)
             self.wire.recv(self._parameters, source, CONTROL)
+            if isinstance(self.rule, Compensated):
+                self.rule.begin(self._parameters, self.replicas)
             self._publish()
             self.wire.send(message, source, ANSWER)
         elif kind == FAIL:

@@ -114,6 +114,11 @@ class ServerEnd:
 class ReplicaEnd:
     """One mailbox, and the published parameters, as a replica sees them. Parameters as for ``ServerEnd``.
 
+    Parameters
+    ----------
+    asking : bool
+        Every pull goes by message, where the server must know what a replica works on.
+
     Attributes
     ----------
     sequence : int
@@ -122,8 +127,9 @@ class ReplicaEnd:
         Reads that were torn; reads that went by message.
     """
 
-    def __init__(self, wire: Wire, size: int, header_words: int) -> None:
+    def __init__(self, wire: Wire, size: int, header_words: int, *, asking: bool = False) -> None:
         self.wire, self.replica = wire, wire.rank - 1
+        self.attempts = 0 if asking else ATTEMPTS
         self.layout = Layout(size, wire.size - 1, header_words)
         self.window = Window(wire, self.layout.nbytes)
         self.sequence = self.retried = self.asked = 0
@@ -151,7 +157,7 @@ class ReplicaEnd:
     def pull(self, header: np.ndarray, shard: Array) -> None:
         """The latest published header and parameters, not torn."""
         with span("pull"):
-            for _ in range(ATTEMPTS):
+            for _ in range(self.attempts):
                 published = self.window.read(self.layout.turn) // 2
                 words, floats = self.layout.copies[published % 2]
                 self.window.get(header, words)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from functools import partial
 
 import numpy as np
 import pytest
 
-from gpudbn import optimiser, reference
 from gpudbn.mpi import staged
 from gpudbn.mpi.replica import Asynchronous
-from gpudbn.mpi.rules import Steps
+from gpudbn.mpi.rules import Compensated
 from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import Tally
-from tests.helpers import assert_close
 
 
 class FakeWindow:
@@ -95,7 +92,8 @@ class Job:
         self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
         self.states = None
         self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
-        self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size)
+        self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size,
+                                      asking=isinstance(rule, Compensated))
                          for rank in range(1, self.ranks)]
 
     def answer(self):
@@ -192,46 +190,6 @@ def test_servers_share_out_a_vector_at_multiples_of_a_cache_line(size, servers):
     assert len(parts) == servers
     assert np.concatenate([np.arange(size)[part] for part in parts]).tolist() == list(range(size))
     assert all(part.start % 16 == 0 or part.start == size for part in parts)
-
-
-@pytest.mark.parametrize("by_staleness", [False, True])
-@pytest.mark.parametrize(("make", "expected"), [
-    (partial(optimiser.SGD, decay=0), [0.5, 0.5]),
-    (partial(optimiser.Momentum, momentum=0.5, decay=0), [0.5, 0.75]),  # the second step goes half as far again
-    (partial(optimiser.Adagrad, decay=0), [0.5, 0.5 / np.sqrt(2)]),
-])
-def test_step_rules_at_the_server(monkeypatch, make, expected, by_staleness):
-    """Two replicas send a change of 1 each; the second one is stale by one version."""
-    steps = Steps(make, rate=0.5, by_staleness=by_staleness)
-    job = Job(monkeypatch, 2, 4, rule=steps)
-    for _ in range(2):  # a second vector of parameters begins anew
-        (a, b), (p, before) = job.replicas, job.begin(4)
-        seen = []
-        for one in (a, b):
-            p[one.replica] += 1
-            one.exchange(p[one.replica], before[one.replica], fetch=False)
-            job.server._take()
-            seen.append(float(job.server._parameters[0]))
-        assert_close([seen[0], seen[1] - seen[0]], expected, rtol=1e-6)
-        assert (job.server._parameters == job.server._parameters[0]).all()
-
-
-def test_a_stale_change_counts_less():
-    steps, p = Steps(partial(optimiser.SGD, decay=0), rate=0.5, by_staleness=True), np.zeros(3, np.float32)
-    for staleness, expected in ((0, 0.5), (1, 1.0), (4, 1.125)):
-        steps(p, np.ones(3, np.float32), staleness)
-        assert_close(p, np.full(3, expected), atol=1e-7)
-
-
-def test_a_change_may_come_as_activations():
-    """A server's rule forms the gradient of an RBM itself."""
-    rng = np.random.default_rng(0)
-    v, h = rng.random((11, 5), np.float32), rng.random((11, 3), np.float32)
-    p = rng.random(23, np.float32)
-    expected, squares = p.copy(), np.zeros_like(p)
-    reference.cd_adagrad(expected, squares, np.empty_like(p), 5, 3, v, h, 7, model_weight=0.5, rate=0.1, decay=0)
-    Steps(partial(optimiser.Adagrad, decay=0), rate=0.2, by_staleness=True).activations(p, v, h, 7, 2, model_weight=0.5)
-    assert np.array_equal(p, expected)
 
 
 def visible(states, generator):
