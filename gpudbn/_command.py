@@ -1,4 +1,4 @@
-"""What the commands on a trained model share: the options, the way in and out, the model, and its run's split.
+"""What the commands share: the data of a run; of those on a trained model the options, the model and its run's split.
 
 Imports neither NumPy nor MPI, so that the command line can be read before the number of BLAS threads is fixed.
 """
@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn.errors import UserError
 from gpudbn.mpi import launch
 from gpudbn.settings import FIELDS, Parser, Settings, checked, flag, from_toml, nearest, parse, reader
 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
-    from gpudbn.data import Rows
+    from gpudbn.data import DataSet, Rows
     from gpudbn.dbn import DBN
 
 PARTS = ("test", "validation", "train", "all")
@@ -139,6 +139,25 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# -- the data of a run ----------------------------------------------------------------------------
+
+
+def load_data(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]:
+    """The data, and other labelled data for fine-tuning if there are any."""
+    from gpudbn.data import load
+
+    split: dict[str, Any] = {"validation": settings.validation, "test": settings.test, "seed": settings.seed,
+                             "quiet": quiet}
+    other = settings.finetune_data if settings.finetune_epochs else None
+    data = load(settings.data, labels=settings.labels, need_labels=settings.finetune_epochs > 0 and not other, **split)
+    if other is None:
+        return data, None
+    labelled = load(other, **split)
+    if labelled.n != data.n:
+        raise UserError(f"--finetune-data: must have the {data.n} columns of --data; got {labelled.n}")
+    return data, labelled
 
 
 # -- the model and its rows -----------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     DROPOUT = 7
     AIS = 8
     SAMPLING = 9
+    JITTER = 10
 
 
 def site(purpose: Purpose, layer: int = 0, half_step: int = 0) -> int:

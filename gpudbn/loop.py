@@ -16,6 +16,7 @@ measure together, and may save.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
 TURN = 50  # updates between two looks at the world, alone or synchronous
 PROBE = 2000  # rows on which a layer is measured
 FINITE = 2**64 - 1  # the flag as long as everything was finite
+
+
+def largest(settings: Settings, data: DataSet, labelled: DataSet | None = None) -> int:
+    """Entries of the largest parameter vector of a run."""
+    sizes = [data.train.n, *settings.layers]
+    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
+    classes = (labelled or data).classes
+    network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
+    return max([*layers, network])
 
 
 class Training:

@@ -6,8 +6,6 @@ runs ``loop.Training`` and writes what it yields into a run folder.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import signal
 import sys
 import time
@@ -68,65 +66,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(settings: Settings, *, out: str | None = None, resume: str | None = None) -> int:
     """Train as the settings say; on the server's rank, serve. Returns the exit code."""
-    from gpudbn.mpi import connect
-    from gpudbn.mpi.rules import from_settings
+    from gpudbn._command import load_data
+    from gpudbn.loop import largest
+    from gpudbn.mpi import chosen, connect
     from gpudbn.mpi.server import Server
 
     world = launch.world()
     ranks = world.size if world else 1
-    asynchronous = ranks > 1 and settings.mode == "async"
-    if ranks > 1 and settings.mode != "sync" and settings.order == "fixed":
-        why = "whose replicas arrive in no fixed order" if asynchronous else "whose replicas cut no batch"
-        raise UserError(f"--order: must be fast with --mode {settings.mode}, {why}; got fixed. Use --mode sync")
+    ways = chosen(settings, ranks)
+    first = settings.servers if ways["mode"] == "async" else 0  # of the replicas
     loaded: list[tuple[DataSet, DataSet | None]] = []
 
     def prepare() -> int:
-        data, labelled = _load(settings, quiet=world is not None and world.rank > asynchronous * settings.servers)
+        data, labelled = load_data(settings, quiet=world is not None and world.rank > first)
         loaded.append((data, labelled))
-        return _largest(settings, data, labelled)
+        return largest(settings, data, labelled)
 
-    exchange = connect(settings.mode if ranks > 1 else "sync", prepare, from_settings(settings), settings.servers,
-                       outer=_outer(settings))
+    exchange = connect(size=prepare, **ways)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
     return _replica(settings, *loaded[0], exchange, out, resume)
-
-
-def _outer(settings: Settings) -> Any:
-    """What makes replicas that meet as ``--outer`` says, for ``connect``."""
-    from gpudbn.mpi.collective import Averaging, Elastic
-
-    if settings.outer == "elastic":
-        return functools.partial(Elastic, elasticity=settings.elasticity)
-    if settings.outer == "nesterov":
-        return functools.partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)
-    return Averaging
-
-
-def _load(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]:
-    """The data, and other labelled data for fine-tuning if there are any."""
-    from gpudbn.data import load
-
-    split: dict[str, Any] = {"validation": settings.validation, "test": settings.test, "seed": settings.seed,
-                             "quiet": quiet}
-    other = settings.finetune_data if settings.finetune_epochs else None
-    data = load(settings.data, labels=settings.labels, need_labels=settings.finetune_epochs > 0 and not other, **split)
-    if other is None:
-        return data, None
-    labelled = load(other, **split)
-    if labelled.n != data.n:
-        raise UserError(f"--finetune-data: must have the {data.n} columns of --data; got {labelled.n}")
-    return data, labelled
-
-
-def _largest(settings: Settings, data: DataSet, labelled: DataSet | None) -> int:
-    """Entries of the largest parameter vector of the run."""
-    sizes = [data.train.n, *settings.layers]
-    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
-    classes = (labelled or data).classes
-    network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
-    return max([*layers, network])
 
 
 def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchange: Exchange, out: str | None,

@@ -17,7 +17,7 @@ import gpudbn
 
 FLOORS = """
     errors draws scratch tracing mpi/launch
-    arrays exact paths precision settings
+    arrays exact paths precision settings mpi/costs
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks
@@ -27,8 +27,8 @@ FLOORS = """
     data/__init__
     unfused
     twins
-    batch offsets optimiser rbm feed graphs mpi/collective
-    mpi/rules
+    batch offsets optimiser rbm feed graphs mpi/collective mpi/machine
+    mpi/rules mpi/virtual
     mpi/changes
     mpi/staged
     mpi/server
@@ -38,7 +38,7 @@ FLOORS = """
     pretrain
     finetune large
     loop runs plots
-    _command
+    _command mpi/simulate
 """
 FLOOR = {name: number for number, line in enumerate(FLOORS.strip().splitlines()) for name in line.split()}
 FACE = len(FLOORS)

@@ -9,6 +9,10 @@
     rules.py       what a server does with a change
     changes.py     how a change is packed
     staged.py      how changes and parameters travel, through a window in the server's memory
+    simulate.py    whole runs in virtual time, in one process: the files above, on
+    virtual.py     MPI between ranks of
+    machine.py     a cluster in virtual time, where things take as long as
+    costs.py       says
 
 Importing this package loads neither NumPy nor MPI.
 """
@@ -16,7 +20,8 @@ Importing this package loads neither NumPy nor MPI.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from gpudbn.errors import UserError
 from gpudbn.mpi import launch
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from gpudbn.mpi.rules import Rule
     from gpudbn.mpi.server import Server
     from gpudbn.mpi.wire import Wire
+    from gpudbn.settings import Settings
 
 MODES = ("sync", "async", "local")
 
@@ -82,6 +88,26 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
     return join(wire, mode, size, rule, servers, outer)
+
+
+def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
+    """What ``connect`` and ``join`` take of a run's settings: keyword arguments but ``size``.
+
+    Raises
+    ------
+    UserError
+        If the settings do not fit so many ranks.
+    """
+    mode = settings.mode if ranks > 1 else "sync"
+    if settings.order == "fixed" and mode != "sync":
+        why = "whose replicas arrive in no fixed order" if mode == "async" else "whose replicas cut no batch"
+        raise UserError(f"--order: must be fast with --mode {mode}, {why}; got fixed. Use --mode sync")
+    from gpudbn.mpi.collective import Averaging, Elastic
+    from gpudbn.mpi.rules import from_settings
+
+    outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
+             "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
+    return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer]}
 
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,

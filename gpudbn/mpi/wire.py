@@ -184,7 +184,7 @@ class Wire:
         sys.excepthook = _excepthook
         return _wire
 
-    # what lets a rank live in virtual time, where one process runs many: see ``simulate.py``
+    # what lets a rank live in virtual time, where one process runs many: see ``virtual.py``
 
     def clock(self) -> float:
         """Seconds since some time in the past. All that this rank reports of time is by this clock."""

@@ -1,0 +1,145 @@
+"""Training with servers and replicas in virtual time: the real program, real gradients, real data, one process.
+
+Every rank is what it is under ``mpirun`` (``mpi.join``), on a wire in virtual time (``virtual.py``); updates take
+the seconds that ``costs.py`` says, times what the rank's core is slower and busier. What comes out is what would
+come out on such a cluster: records with its seconds, staleness, who waited for whom.
+
+    simulate(settings, data, replicas=128, servers=1, costs=Costs.read("cluster.toml")).records
+
+Memory: data are shared; each replica has parameters, velocity, gradient and work space of its own, and a mailbox at
+a server. A GPU takes no part: the costs may be those of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gpudbn.data import DataSet
+from gpudbn.dbn import DBN
+from gpudbn.errors import UserError
+from gpudbn.loop import Training, largest
+from gpudbn.mpi import chosen, join
+from gpudbn.mpi.alone import Alone, Exchange
+from gpudbn.mpi.costs import Costs
+from gpudbn.mpi.machine import Machine
+from gpudbn.mpi.server import Server
+from gpudbn.mpi.virtual import VirtualWire, run
+from gpudbn.pretrain import Phase
+from gpudbn.settings import Settings
+
+ROWS = {"update": 1, "sums": 2, "step": 1, "measure": 1}  # which argument of a phase's method says how many rows
+
+
+@dataclass
+class Simulation:
+    """What came of it. Seconds are virtual.
+
+    Attributes
+    ----------
+    records : list of dict
+        As ``Training.run`` yields them on replica 0.
+    replicas, servers : list of dict
+        What each reported at its end: ``Exchange.report``, ``Server.serve``.
+    dbn : DBN
+        That of replica 0.
+    seconds : float
+        Of the whole run, tests included.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    replicas: list[dict[str, Any]] = field(default_factory=list)
+    servers: list[dict[str, Any]] = field(default_factory=list)
+    dbn: DBN | None = None
+    seconds: float = 0.0
+
+
+def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, labelled: DataSet | None = None,
+             record: Callable[[dict[str, Any]], None] | None = None) -> Simulation:
+    """Train as the settings say, with so many replicas, and servers around them in mode async.
+
+    Parameters
+    ----------
+    settings : Settings
+        One replica and ``servers`` 0 is a single process, whatever the mode.
+    data, labelled : DataSet
+        As for ``Training``.
+    costs : Costs
+        With as many phases as the run has.
+    record : callable, optional
+        Called with each record as it comes.
+
+    Raises
+    ------
+    UserError
+        If the settings do not fit so many replicas, or the costs not the run.
+    """
+    servers = settings.servers if settings.mode == "async" else 0
+    chosen(settings, servers + replicas)  # or refused at once
+    size = largest(settings, data, labelled)
+    machine, found = Machine(servers + replicas, costs, settings.seed), Simulation()
+
+    def rank(wire: VirtualWire) -> dict[str, Any]:
+        exchange = join(wire, size=size, **chosen(settings, wire.size)) if wire.size > 1 else _Alone(wire)
+        if isinstance(exchange, Server):
+            return exchange.serve()
+        dbn = DBN([data.train.n, *settings.layers], np)
+        for item in _Timed(dbn, data, settings, exchange, labelled, wire).run():
+            if exchange.chief:
+                found.records.append(item)
+                if record:
+                    record(item)
+        if exchange.chief:
+            found.dbn = dbn
+        report = exchange.report()
+        exchange.close()
+        return report
+
+    reports = run(machine, rank)
+    found.servers, found.replicas, found.seconds = reports[:servers], reports[servers:], machine.now
+    return found
+
+
+class _Alone(Alone):
+    """One replica, in virtual time."""
+
+    def __init__(self, wire: VirtualWire) -> None:
+        self.wire = wire
+        super().__init__()
+
+    def clock(self) -> float:
+        return self.wire.clock()
+
+
+class _Timed(Training):
+    """Training whose phases take virtual time."""
+
+    def __init__(self, dbn: DBN, data: DataSet, settings: Settings, exchange: Exchange, labelled: DataSet | None,
+                 wire: VirtualWire) -> None:
+        super().__init__(dbn, data, settings, exchange, labelled=labelled)
+        self.wire, self._inside = wire, False
+        costs = wire.machine.costs.phases
+        if len(costs) != self.phases:
+            raise UserError(f"costs: must have {self.phases} phases, as the run has; got {len(costs)}")
+
+    def _make_phase(self) -> Phase:
+        phase = super()._make_phase()
+        for name in ROWS:
+            setattr(phase, name, partial(self._take_time, getattr(phase, name), name))
+        return phase
+
+    def _take_time(self, method: Callable[..., Any], name: str, *arguments: Any, **more: Any) -> Any:
+        """Call a method of a phase; its time goes by before it returns. A method that it calls costs nothing more."""
+        if self._inside:
+            return method(*arguments, **more)
+        rows = arguments[ROWS[name]]
+        count = rows if name == "step" else len(rows if name == "measure" else rows.positions)
+        self._inside = True
+        result = method(*arguments, **more)
+        self._inside = False
+        self.wire.compute(self.wire.machine.costs.phases[self.index].seconds(name, count))
+        return result

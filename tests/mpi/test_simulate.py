@@ -1,0 +1,164 @@
+"""Whole runs in virtual time: the same each time, the bits of the real thing, and seconds that add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn import load
+from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.mpi import simulate as simulate_module
+from gpudbn.mpi.costs import Compute, Costs, Hop
+from gpudbn.mpi.simulate import simulate
+from tests.helpers import assert_close, assert_notices
+from tests.mpi import job
+from tests.test_loop import small_data, small_settings, timeless, training
+
+LAYER = Compute(update=(2e-3, 1e-4), sums=(1e-3, 1e-4), step=(5e-4, 0.0), measure=(0.0, 1e-5))
+TUNING = Compute(update=(4e-3, 2e-4), sums=(3e-3, 2e-4), step=(1e-3, 0.0), measure=(0.0, 1e-5))
+COSTS = {"phases": (LAYER, LAYER, TUNING)}
+
+
+def simulated(replicas, costs=None, **changes):
+    settings = small_settings(**changes)
+    phases = [LAYER] * len(settings.layers) + [TUNING] * (settings.finetune_epochs > 0)
+    return simulate(settings, small_data(), replicas=replicas, costs=Costs(phases=tuple(phases), **(costs or {})))
+
+
+def assert_same(a, b):
+    """The same bits in two models."""
+    for name, array in a.arrays().items():
+        assert np.array_equal(array, b.arrays()[name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"servers": 2, "n_fetch": 8}, {"mode": "local"}, {"mode": "sync"}])
+def test_a_run_is_the_same_each_time(settings):
+    costs = {"jitter": 0.3, "node": 2}
+    first, second = simulated(3, costs, **settings), simulated(3, costs, **settings)
+    assert first.records == second.records
+    assert first.replicas == second.replicas
+    assert first.servers == second.servers
+    assert_same(first.dbn, second.dbn)
+    assert simulated(3, costs, **settings, seed=2).seconds != first.seconds
+    assert simulated(3, {"node": 2}, **settings).seconds != first.seconds
+
+
+def test_a_fixed_order_gives_the_bits_of_a_single_process():
+    settings = {"order": "fixed", "method": "pcd"}
+    alone = training(small_settings(**settings))
+    records = list(alone.run())
+    found = simulated(3, mode="sync", **settings)
+    assert timeless(found.records) == timeless(records)
+    assert_same(found.dbn, alone.dbn)
+
+
+@pytest.mark.mpi
+def test_one_asynchronous_replica_has_the_bits_of_the_real_one(tmp_path):
+    from gpudbn.data import load as load_data
+    from gpudbn.settings import Settings
+
+    options = {"layers": (20, 12), "epochs": 2, "batch": 40, "finetune_epochs": 3, "n_fetch": 8, "precision": "fp32"}
+    words = [word for name, value in options.items()
+             for word in ("--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [value]))]
+    done = job.finish(job.start(2, "-m", "gpudbn.train", *words, "--plots", "off", "--out", tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    found = simulate(Settings(**options), load_data("digits", quiet=True, seed=1), replicas=1, costs=Costs(**COSTS))
+    assert_same(found.dbn, load(tmp_path / "run"))
+
+
+def check_seconds():
+    """A single process: 51 rows in 7 updates of 8 rows at most, then 51 and 10 rows measured; twice 3 epochs. Then
+    at most 4 epochs of 6 updates of 10 rows."""
+    alone = simulated(1, mode="sync", epochs=(3, 3), finetune_patience=0)
+    layer = 7 * 2e-3 + 51e-4 + 61e-5
+    tuning = 6 * 4e-3 + 51 * 2e-4 + 61e-5
+    seconds = [r["seconds"] for r in alone.records]
+    assert_close(seconds[:6], np.arange(1, 7) * layer, atol=6e-4)  # rounded to milliseconds
+    assert_close(seconds[6:10], 6 * layer + np.arange(1, 5) * tuning, atol=6e-4)
+    assert_close(alone.replicas[0]["seconds"]["computing"], 6 * layer + 4 * tuning, atol=1e-9)
+
+
+def check_synchronous_seconds():
+    """Of each batch of 8 rows three replicas take 2, 3 and 3, of the last 3 rows one each, and wait for the longest."""
+    free = {"copy": Hop(0.0, np.inf), "message": Hop(0.0, np.inf), "apply": 0.0, "exchange": 0.0, "oversleep": 0.0}
+    found = simulated(3, free, mode="sync", epochs=1, finetune_epochs=0)
+    layer = 7 * (1e-3 + 5e-4) + 6 * 3e-4 + 1e-4 + 61e-5
+    assert_close(found.records[0]["seconds"], layer, atol=9 * 1e-3)  # each wait ends with a pause of 1 ms at most
+    assert found.records[0]["seconds"] >= round(layer, 3)
+
+
+@pytest.mark.parametrize(("check", "line", "fault"), [
+    (check_seconds, "self._inside = True", "pass"),
+    (check_seconds, "len(rows if name", "len(rows[:1] if name"),
+    (check_synchronous_seconds, 'rows if name == "step"', '99 if name == "sums"'),
+])
+def test_seconds_are_those_of_the_costs(check, line, fault):
+    assert_notices(check, simulate_module, line, fault)
+
+
+def test_everything_is_counted():
+    found = simulated(5, {"node": 3, "cores": 2}, servers=2, n_push=2, n_fetch=4, finetune_patience=0)
+    pushes = found.replicas[0]["pushes"]
+    assert pushes == 6 + 4  # an epoch of 11 rows is two updates
+    for server in found.servers:
+        assert server["applied"] == [pushes] * 5
+        assert sum(server["staleness"]) == server["version"] == 5 * pushes
+        assert server["asked"] == 0
+    for replica in found.replicas:
+        assert sum(replica["seconds"].values()) <= found.seconds
+        assert replica["bytes"]["sent"] > pushes * 4 * 13 * 11  # weights of the first layer
+        assert replica["seconds"]["computing"] > 0.5 * found.seconds
+    assert [r["phase"] for r in found.records].count("finetune") == 4
+
+
+def test_a_straggler_is_waited_for_at_the_ends_of_epochs_only():
+    found = simulated(3, {"slow": (1, 1, 1, 5)}, n_push=1, n_fetch=1)
+    seconds = [r["seconds"] for r in found.replicas]
+    assert seconds[2]["waiting"] < 0.05 * found.seconds
+    assert all(0.6 * found.seconds < s["waiting"] < 0.9 * found.seconds for s in seconds[:2])
+    even = simulated(3, n_push=1, n_fetch=1)
+    assert found.servers[0]["staleness"] != even.servers[0]["staleness"]
+    assert 4 * even.seconds < found.seconds < 6 * even.seconds
+
+
+def test_a_slow_network_to_one_server_is_shared_out():
+    """Twice the servers on nodes of their own, half the time in the queue for their links."""
+    slow = {"node": 1, "network": Hop(1e-4, 2e6)}
+    one, two = (simulated(4, slow, servers=servers, layers=(600,), finetune_epochs=0) for servers in (1, 2))
+    assert 0.4 * one.seconds < two.seconds < 0.7 * one.seconds
+
+
+def test_errors_of_ranks_come_out():
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        simulated(2, learning_rate=1e30, decay=1e-3)
+    with pytest.raises(UserError, match="costs: must have 2 phases, as the run has; got 3"):
+        simulate(small_settings(layers=(11,)), small_data(), replicas=2, costs=Costs(**COSTS))
+    with pytest.raises(UserError, match="--order: must be fast with --mode async"):
+        simulated(2, order="fixed")
+
+
+def test_costs_are_written_and_read(tmp_path):
+    costs = Costs(**COSTS, network=Hop(1e-6, 2.5e9), node=8, cores=16, crowding=0.125, slow=(1.0, 2.5))
+    file = tmp_path / "costs.toml"
+    file.write_text(costs.to_toml())
+    assert Costs.read(file) == costs
+    file.write_text("node = 4\nnetwork = {latency = 1e-4, bandwidth = 1e8}\n")
+    assert Costs.read(file) == Costs(node=4, network=Hop(1e-4, 1e8))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("nodes = 4", "nodes"),
+    ("node = -1", "number from 0 on"),
+    ("node = '1'", "number from 0 on"),
+    ("network = {latency = 1}", "bandwidth"),
+    ("phases = [{update = [1, 2]}]", "missing"),
+    ("phases = [{update = 1}]", "must hold costs"),
+    ("node = ", "must be TOML"),
+])
+def test_costs_that_are_none_are_refused(text, message, tmp_path):
+    file = tmp_path / "costs.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Costs.read(file)
+    with pytest.raises(UserError, match="can be read"):
+        Costs.read(tmp_path / "none.toml")
