@@ -151,7 +151,8 @@ def load_data(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]
     split: dict[str, Any] = {"validation": settings.validation, "test": settings.test, "seed": settings.seed,
                              "quiet": quiet}
     other = settings.finetune_data if settings.finetune_epochs else None
-    data = load(settings.data, labels=settings.labels, need_labels=settings.finetune_epochs > 0 and not other, **split)
+    need_labels = settings.finetune_epochs > 0 and settings.finetune == "classifier" and not other
+    data = load(settings.data, labels=settings.labels, need_labels=need_labels, **split)
     if other is None:
         return data, None
     labelled = load(other, **split)

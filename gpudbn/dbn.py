@@ -1,8 +1,9 @@
-"""The stack: layers of RBMs, the way up and down, samples, and the classifier on top of a fine-tuned one.
+"""The stack: layers of RBMs, the way up and down, samples, and what fine-tuning makes of it.
 
-Pretraining makes the layers, a generative model; fine-tuning makes a copy of their upward weights
-with a softmax on top, a classifier (``classifier``). The layers stay as they were: ``sample``,
-``reconstruct`` and ``free_energy`` use them, ``predict`` the classifier.
+Pretraining makes the layers, a generative model. Fine-tuning makes a copy of their upward weights with a
+softmax on top, a classifier (``classifier``), or unrolls them up and down again, an autoencoder (``autoencoder``).
+The layers stay as they were: ``sample``, ``reconstruct`` and ``free_energy`` use them, ``predict`` the
+classifier, ``encode`` and ``decode`` the autoencoder.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def classifier_shapes(sizes: Sequence[int], classes: int, shards: Shards = WHOLE
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
 
 
+def autoencoder_shapes(sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stack unrolled, up and down again: all weights W0, W1, ... first, then all biases."""
+    pairs = list(itertools.pairwise([*sizes, *reversed(sizes[:-1])]))
+    return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
+
+
 def threshold(v: Array) -> Array:
     """v <- 1 where v >= 1/2, else 0; in place. Returns ``v``."""
     module_of(v).greater_equal(v, np.float32(0.5), out=v)
@@ -60,9 +67,12 @@ class DBN:
     layers : list of RBM
     classifier : Parameters or None
         W0, ..., c0, ...: the fine-tuned network; its last pair is the softmax layer.
+    autoencoder : Parameters or None
+        W0, ..., c0, ...: the stack unrolled and fine-tuned; pair L - 1 makes the code, the last one the rows.
     about : dict
         What must be known to use the model, kept in its file: ``binarise`` ('none', 'threshold' or
-        'stochastic'), ``precision`` (``set_precision``), ``image_shape``, ``classes``, ``data``.
+        'stochastic'), ``precision`` (``set_precision``), ``image_shape``, ``classes``, ``data``; of an
+        autoencoder ``code`` ('logistic' or 'linear').
     """
 
     def __init__(self, sizes: Sequence[int], xp: ModuleType = np, shards: Shards = WHOLE) -> None:
@@ -72,6 +82,7 @@ class DBN:
         self.shards = shards
         self.layers = [RBM(n, m, xp, shards) for n, m in itertools.pairwise(self.sizes)]
         self.classifier: Parameters | None = None
+        self.autoencoder: Parameters | None = None
         self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
 
     def set_precision(self, precision: str) -> None:
@@ -213,6 +224,55 @@ class DBN:
         """The most probable class of each row. Array (B, n) -> (B,), int64."""
         return self.predict_probabilities(v).argmax(axis=1)
 
+    # -- the autoencoder --------------------------------------------------------------------------
+
+    def new_autoencoder(self, code: str = "logistic") -> Parameters:
+        """The layers' weights upward, then transposed downward; kept in ``autoencoder``.
+
+        A linear code x begins as the tangent at 0 of what it replaces, 1/2 + x/4, which the way down takes in.
+        Not for a stack in several shards.
+        """
+        net, depth = Parameters(autoencoder_shapes(self.sizes), self.xp), len(self.layers)
+        for i, rbm in enumerate(self.layers):
+            net[f"W{i}"][...], net[f"c{i}"][...] = rbm.W, rbm.c
+            net[f"W{2 * depth - 1 - i}"][...], net[f"c{2 * depth - 1 - i}"][...] = rbm.W.T, rbm.b
+        if code == "linear":
+            W = net[f"W{depth}"]
+            net[f"c{depth}"][...] += W.sum(axis=0) / 2
+            W[...] = W / 4
+        self.autoencoder = net
+        self.about["code"] = code
+        return net
+
+    def encode(self, v: Array) -> Array:
+        """The codes of rows, by the fine-tuned autoencoder. Array (B, n) -> (B, m), float32, m units at the top."""
+        return self._through(self.prepare(v), 0, len(self.layers))
+
+    def decode(self, codes: Array) -> Array:
+        """Rows from codes: probabilities of the data units. Array (B, m) -> (B, n), float32."""
+        xp, m = self.xp, self.sizes[-1]
+        codes = xp.ascontiguousarray(xp.asarray(codes), dtype=np.float32)
+        if codes.ndim != 2 or codes.shape[1] != m:
+            raise UserError(f"decode: codes must have shape (B, {m}); got {codes.shape}")
+        return self._through(codes, len(self.layers), 2 * len(self.layers))
+
+    def _through(self, x: Array, first: int, end: int) -> Array:
+        """Pairs ``first`` to ``end`` of the autoencoder."""
+        net, xp = self.autoencoder, self.xp
+        if net is None:
+            raise UserError("autoencoder: must be a model fine-tuned as one; got one that was not. "
+                            "Train with --finetune autoencoder")
+        for i in range(first, end):
+            W, c = net[f"W{i}"], net[f"c{i}"]
+            y = xp.empty((len(x), c.size), np.float32)
+            if i == len(self.layers) - 1 and self.about["code"] == "linear":
+                xp.matmul(x, W, out=y)
+                y += c
+            else:
+                twins_of(x).half_step(None, y, x, W, c)
+            x = y
+        return x
+
     # -- files ------------------------------------------------------------------------------------
 
     def _places(self) -> Iterator[tuple[str, Array, tuple[slice, ...], tuple[int, ...]]]:
@@ -233,9 +293,13 @@ class DBN:
                     yield f"classifier.{name}", array, (rows, columns), (sizes[i], sizes[i + 1])
                 else:
                     yield f"classifier.{name}", array, (columns,), (sizes[i + 1],)
+        if self.autoencoder is not None:
+            for name in self.autoencoder:
+                array = self.autoencoder[name]
+                yield f"autoencoder.{name}", array, (everything,) * array.ndim, array.shape
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ...."""
+        """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ..., autoencoder.W0."""
         found = {}
         for name, array, cut, _ in self._places():
             axis = next((i for i, part in enumerate(cut) if part != slice(None)), None)
@@ -249,6 +313,8 @@ class DBN:
         """Take back what ``arrays`` gave; sizes must be the same."""
         if any(name.startswith("classifier.") for name in found):
             self.new_classifier(found[f"classifier.c{len(self.layers)}"].shape[0])
+        if any(name.startswith("autoencoder.") for name in found):
+            self.new_autoencoder()
         places = list(self._places())
         for name, _, _, shape in places:
             if name not in found or found[name].shape != shape:

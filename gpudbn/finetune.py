@@ -1,4 +1,4 @@
-"""Discriminative fine-tuning: softmax on top, back-propagation through mean-field layers.
+"""Fine-tuning by back-propagation through mean-field layers; here with a softmax on top, for labels.
 
     a_0 = v,  a_l = sigmoid(a_{l-1} W_l + c_l),  p = softmax(a_L W + c)
 
@@ -6,6 +6,9 @@ Bengio et al. (2007), section 2.3 and algorithm 3 of the talk; dropout as in Sri
 (2014), section 4, scaled in training so that prediction needs no change. Gradients point uphill,
 towards lower cross-entropy. Generic over NumPy and CuPy, and over layers in one or several parts
 (``shards.py``): activations are gathered on the way up, logits and errors summed.
+
+With ``--optimiser lbfgs`` or ``cg`` an update is some line searches on its batch (``batch.py``), which is large and
+goes through the network block by block; what is dropped out stays the same within an update.
 """
 
 from __future__ import annotations
@@ -15,18 +18,22 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import Array
+from gpudbn.batch import Arrays, Minimiser
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
+from gpudbn.memory import AT_ONCE_ROWS
 from gpudbn.optimiser import Adagrad, Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
 from gpudbn.pretrain import Phase, Piece
-from gpudbn.settings import Settings
+from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.twins import twins_of
 
 
-def step_rule(settings: Settings, parameters: Array) -> StepRule:
-    """The step rule of ``--optimiser``."""
+def step_rule(settings: Settings, parameters: Array) -> StepRule | None:
+    """The step rule of ``--optimiser``; None where it is a batch optimiser."""
+    if settings.optimiser in BATCH_OPTIMISERS:
+        return None
     if settings.optimiser == "adam":
         return Adam(parameters, decay=settings.finetune_decay)
     if settings.optimiser == "adagrad":
@@ -50,34 +57,43 @@ class FinetunePhase(Phase):
     layer = None
     chains = None
     keeps_best = True
-    better = ("error", "loss")
-    measures = ("loss", "error")
+    better: tuple[str, ...] = ("error", "loss")
+    measures: tuple[str, ...] = ("loss", "error")
 
     def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
+        fits = dbn.classifier is not None and dbn.classifier[f"c{len(dbn.layers)}"].size == classes
+        net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
+        # level 0 is the data, level l the hidden units of layer l that are here, the last the logits
+        self._build(dbn, settings, net, [dbn.sizes[0], *(rbm.width for rbm in dbn.layers), classes], rows)
+
+    def _build(self, dbn: DBN, settings: Settings, net: Parameters, widths: list[int], rows: int) -> None:
+        """Room for a network with these units a level, the data and the output among them."""
         self.dbn, self.settings, self.xp, self.shards = dbn, settings, dbn.xp, dbn.shards
-        self.depth = len(dbn.layers)
-        fits = dbn.classifier is not None and dbn.classifier[f"c{self.depth}"].size == classes
-        self.net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
+        self.net, self.depth = net, len(widths) - 2
         self.parameters = self.net.flat
         self.exchanged = self.parameters.size
         self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
         self.epochs, self.patience = settings.finetune_epochs, settings.finetune_patience
-        self.batch = settings.finetune_batch or settings.batch
+        self.batch = settings.finetuning_batch
         self.rule = step_rule(settings, self.parameters)
         self.gradient = Parameters(self.net.shapes, self.xp)
-        # level 0 is the data, level l the hidden units of layer l that are here, the last the logits
-        widths = [dbn.sizes[0], *(rbm.width for rbm in dbn.layers), classes]
+        if self.rule is None:
+            rows = min(rows, AT_ONCE_ROWS)
+            self.total = self.xp.empty_like(self.parameters)
+            self.minimiser = Minimiser(Arrays(self.parameters, self.total, self._objective), settings.optimiser,
+                                       history=settings.history)
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
         # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
         cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
+        self.losses = self.xp.empty(rows, np.float32)
         self.wholes = [self.xp.empty((rows, size), np.float32) for size in cut]
         self.twins = twins_of(self.parameters)
         self.rate = 0.0
 
     def state(self) -> dict[str, Array]:
-        """What a checkpoint keeps besides the parameters."""
-        return self.rule.state
+        """What a checkpoint keeps besides the parameters. A batch optimiser begins anew with every batch."""
+        return self.rule.state if self.rule else {}
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Set the rate of epoch ``epoch`` (from 0)."""
@@ -95,31 +111,35 @@ class FinetunePhase(Phase):
         if keep < 1:
             self.twins.dropout(x, keep, seed=self.settings.seed, update=piece.update,
                                site=site(Purpose.DROPOUT, level), row=piece.row,
-                               **(self.dbn.layers[level - 1].columns if level else {}))
+                               **(self._columns(level) if level else {}))
+
+    def _columns(self, level: int) -> dict[str, int]:
+        """Which units of a hidden level are here, for their draws."""
+        return self.dbn.layers[level - 1].columns
 
     def _forward(self, a: list[Array], wholes: list[Array], piece: Piece | None) -> list[Array]:
         """Fill a[1:] from a[0]; the last become the logits without their bias. Dropout only if there is a piece.
 
         Returns what feeds each layer: all units of the level below, in ``wholes`` where layers are cut.
         """
-        net, inputs = self.net, [a[0]]
+        inputs = [a[0]]
         if piece is not None:
             self._drop(a[0], 0, piece)
         for i in range(self.depth):
-            self.twins.half_step(None, a[i + 1], inputs[i], net[f"W{i}"], net[f"c{i}"])
+            self._activate(i + 1, a[i + 1], inputs[i])
             if piece is not None:
                 self._drop(a[i + 1], i + 1, piece)
             if i + 1 < self.depth:
                 inputs.append(self.shards.gather(a[i + 1], out=wholes[i] if wholes else None))
-        self.xp.matmul(a[-2], net[f"W{self.depth}"], out=a[-1])
+        self.xp.matmul(a[-2], self.net[f"W{self.depth}"], out=a[-1])
         self.shards.sum_(a[-1])
         return [*inputs, a[-2]]
 
     def begin_turn(self) -> None:
         """Updates use the parameters where they are."""
 
-    def sums(self, out: Array, rows: Source, piece: Piece) -> None:
-        """``out`` (size,) <- the sum over rows of the gradient of log p(label)."""
+    def sums(self, out: Array, rows: Source, piece: Piece, losses: Array | None = None) -> None:
+        """``out`` (size,) <- the sum over rows of the gradient of minus the loss; ``losses`` (rows,) <- those."""
         count, xp = len(piece.positions), self.xp
         if not count:
             out[...] = 0
@@ -129,11 +149,10 @@ class FinetunePhase(Phase):
         rows.take(piece.positions, a[0])
         if self.settings.binarise == "threshold":
             threshold(a[0])
-        wholes = [x[:count] for x in self.wholes]
+        wholes, targets = [x[:count] for x in self.wholes], self._targets(rows, piece.positions, a[0])
         inputs = self._forward(a, wholes, piece)
         delta = self.deltas[-1][:count]
-        labels = xp.asarray(rows.take_labels(piece.positions))
-        self.twins.cross_entropy(delta, None, None, a[-1], self.net[f"c{self.depth}"], labels)
+        self._compare(delta, losses, None, a[-1], targets)
         for i in range(self.depth, -1, -1):
             xp.matmul(inputs[i].T, delta, out=gradient[f"W{i}"])
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
@@ -145,26 +164,66 @@ class FinetunePhase(Phase):
                     xp.matmul(delta, self.net[f"W{i}"].T, out=wholes[i - 1])
                     self.shards.sum_(wholes[i - 1])
                     below[...] = wholes[i - 1][:, self.dbn.layers[i - 1].mine]
-                delta = self.twins.sigmoid_backward(below, a[i], keep=self._keep(i))
+                delta = self._backward(below, a[i], i)
+
+    def _targets(self, rows: Source, positions: Any, x: Array) -> Array:  # noqa: ARG002
+        """What the output is compared with, of rows whose data are ``x``: here their labels."""
+        return self.xp.asarray(rows.take_labels(positions))
+
+    def _compare(self, delta: Array | None, loss: Array | None, second: Array | None, x: Array, targets: Array) -> None:
+        """delta <- minus the gradient of the loss in the pre-activations x; loss and the second measure of each row."""
+        self.twins.cross_entropy(delta, loss, second, x, self.net[f"c{self.depth}"], targets)
+
+    def _activate(self, level: int, out: Array, inputs: Array) -> None:
+        """out <- the units of a level, from those below."""
+        self.twins.half_step(None, out, inputs, self.net[f"W{level - 1}"], self.net[f"c{level - 1}"])
+
+    def _backward(self, delta: Array, a: Array, level: int) -> Array:
+        """delta, in place, from behind the units of a level to before them."""
+        return self.twins.sigmoid_backward(delta, a, keep=self._keep(level))
 
     def step(self, sums: Array, count: int) -> None:
         """One step of the optimiser with sums over ``count`` rows."""
+        assert self.rule is not None
         self.rule.step(self.parameters, sums, weights=self.weights, scale=1 / count, rate=self.rate)
 
     def update(self, rows: Source, piece: Piece) -> None:
-        """``sums`` and ``step`` in one."""
+        """``sums`` and ``step`` in one; or the line searches on this batch."""
+        if self.rule is None:
+            self._given = rows, piece
+            self.minimiser.forget()
+            for _ in self.minimiser.run(self.settings.line_searches):
+                pass
+            return
         self.sums(self.gradient.flat, rows, piece)
         self.step(self.gradient.flat, len(piece.positions))
 
+    def _objective(self) -> float:
+        """Mean loss of the batch with its decay; the gradient of that goes to ``total``."""
+        (rows, piece), xp = self._given, self.xp
+        count, loss = len(piece.positions), 0.0
+        self.total.fill(0)
+        for lo in range(0, count, len(self.losses)):
+            part = piece._replace(positions=piece.positions[lo : lo + len(self.losses)], row=piece.row + lo)
+            losses = self.losses[: len(part.positions)]
+            self.sums(self.gradient.flat, rows, part, losses)
+            xp.add(self.total, self.gradient.flat, out=self.total)
+            loss += float(losses.sum(dtype=np.float64))
+        xp.multiply(self.total, np.float32(-1 / count), out=self.total)
+        decay, weights = self.settings.finetune_decay, self.parameters[: self.weights]
+        if decay:
+            self.total[: self.weights] += np.float32(decay) * weights
+            loss += count * decay / 2 * float((weights * weights).sum(dtype=np.float64))
+        return loss / count
+
     def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
-        """Sums over the rows of the cross-entropy in nats, and of the wrong answers; no dropout."""
+        """Sums over the rows of both ``measures``: nats, and wrong answers; no dropout."""
         x = self.xp.empty((len(positions), self.dbn.sizes[0]), np.float32)
         rows.take(positions, x)
         if self.settings.binarise == "threshold":
             threshold(x)
         a = [x] + [self.xp.empty((len(x), d.shape[1]), np.float32) for d in self.deltas]
         self._forward(a, [self.xp.empty((len(x), w.shape[1]), np.float32) for w in self.wholes], None)
-        loss, wrong = (self.xp.empty(len(x), np.float32) for _ in range(2))
-        labels = self.xp.asarray(rows.take_labels(positions))
-        self.twins.cross_entropy(None, loss, wrong, a[-1], self.net[f"c{self.depth}"], labels)
-        return [loss.sum(dtype=np.float64), wrong.sum(dtype=np.float64)]
+        loss, second = (self.xp.empty(len(x), np.float32) for _ in range(2))
+        self._compare(None, loss, second, a[-1], self._targets(rows, positions, x))
+        return [loss.sum(dtype=np.float64), second.sum(dtype=np.float64)]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpudbn.arrays import Array, is_gpu, to_cpu
+from gpudbn.autoencoder import AutoencoderPhase
 from gpudbn.cuda.wgmma import tiles
 from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
@@ -37,7 +38,7 @@ from gpudbn.paths import Case, Path, choose_path
 from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import new_chains
-from gpudbn.settings import Settings
+from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.tracing import span
 from gpudbn.twins import twins_of, without_kernels
 
@@ -53,6 +54,8 @@ def largest(settings: Settings, data: DataSet, labelled: DataSet | None = None) 
     """Entries of the largest parameter vector of a run."""
     sizes = [data.train.n, *settings.layers]
     layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
+    if settings.finetune == "autoencoder":
+        return sum(2 * n * m + n + m for n, m in itertools.pairwise(sizes))
     classes = (labelled or data).classes
     network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
     return max([*layers, network])
@@ -91,7 +94,11 @@ class Training:
         self.progress = progress
         self.interrupt = False
         self.depth = len(dbn.layers)
-        finetune = settings.finetune_epochs > 0 and self.labelled.train.labels is not None
+        if settings.optimiser in BATCH_OPTIMISERS and settings.finetune_epochs and exchange.replicas > 1:
+            raise UserError("--optimiser: must be adam, adagrad or sgd with several replicas; got "
+                            f"{settings.optimiser} and {exchange.replicas}")
+        finetune = settings.finetune_epochs > 0 and (settings.finetune == "autoencoder" or
+                                                     self.labelled.train.labels is not None)
         self.phases = self.depth + finetune
         # where the run stands: what a checkpoint keeps
         self.index = 0  # number of the phase
@@ -169,7 +176,7 @@ class Training:
                 layer.initialise(self.data.train)
             phase = layer
         else:
-            phase = FinetunePhase(self.dbn, self.labelled.classes, s, rows=self._widest(s.finetune_batch or s.batch))
+            phase = self._finetuning(self._widest(s.finetuning_batch))
         for name, array in phase.state().items():
             if kept:
                 array[...] = self.dbn.xp.asarray(kept[name]) if not isinstance(array, np.ndarray) else kept[name]
@@ -177,6 +184,12 @@ class Training:
             self.best_parameters = self.dbn.xp.asarray(kept["best"])
         self._phase_arrays = {}
         return phase
+
+    def _finetuning(self, rows: int) -> Phase:
+        """The phase of fine-tuning, for pieces of at most so many rows."""
+        if self.settings.finetune == "autoencoder":
+            return AutoencoderPhase(self.dbn, self.settings, rows=rows)
+        return FinetunePhase(self.dbn, self.labelled.classes, self.settings, rows=rows)
 
     def _turn(self, phase: Phase) -> int:
         """Updates of a turn."""
@@ -254,7 +267,7 @@ class Training:
         s, layer = self.settings, index < self.depth
         host = ("--order fixed" if s.order == "fixed" else "other replicas" if self.exchange.cuts_batches else
                 "other shards" if self.dbn.shards.count > 1 else None)
-        batch = s.batch if layer else s.finetune_batch or s.batch
+        batch = s.batch if layer else s.finetuning_batch
         return choose_path(s.kernels, Case(
             f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
             host_between=host, updates=len(self._shard(self._set(index).train)) // batch,
@@ -425,7 +438,7 @@ class Training:
         test = self._set(self.phases - 1).test
         phase: Phase
         if self.phases > self.depth:
-            phase = FinetunePhase(self.dbn, self.labelled.classes, s, rows=1)
+            phase = self._finetuning(rows=1)
         else:
             phase = LayerPhase(self.dbn, self.depth - 1, s, rows=1, chains=None)
         (mean,) = self._totals(phase, [(test, len(test))])

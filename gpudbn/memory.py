@@ -18,11 +18,12 @@ from gpudbn.data import DataSet
 from gpudbn.errors import UserError
 from gpudbn.feed import AT_ONCE
 from gpudbn.precision import chosen
-from gpudbn.settings import Settings
+from gpudbn.settings import BATCH_OPTIMISERS, Settings
 
 FLOAT = 4
 RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
 BLOCKS = 8  # --order fixed: pieces of a batch, each with a gradient of its own
+AT_ONCE_ROWS = 1000  # of a large batch, that go through the network at once
 MEASURED = 250  # rows measured at once: blocks of constant size, whose sums do not depend on the number of replicas
 
 
@@ -42,13 +43,17 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
                        "chains": FLOAT * chains, "copies in bf16": copies * n * m})
-    if s.finetune_epochs and classes:
-        widths = [*sizes, classes]
+    if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
+        widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
         network = sum(n * m + m for n, m in itertools.pairwise(widths))
-        vectors = 2 + (2 if s.optimiser == "adam" else 1) + (1 if pieces == 1 else pieces + 1)
-        rows = -(-(s.finetune_batch or s.batch) // pieces)
+        # of the step rule, or what a batch optimiser names; then the gradient, and the best parameters
+        state = {"adam": 2, "lbfgs": 2 * s.history + 8, "cg": 6}.get(s.optimiser, 1)
+        vectors = 2 + state + (1 if pieces == 1 else pieces + 1)
+        rows = -(-s.finetuning_batch // pieces)
+        if s.optimiser in BATCH_OPTIMISERS:
+            rows = min(rows, AT_ONCE_ROWS)
         phases.append({"parameters": kept + FLOAT * network, "velocity and gradients": FLOAT * vectors * network,
-                       "activations": FLOAT * rows * 3 * sum(widths), "chains": 0})
+                       "activations": FLOAT * rows * (3 * sum(widths) + sizes[0]), "chains": 0})
     largest = max(phases, key=lambda phase: sum(phase.values()))
     largest["measuring"] = FLOAT * MEASURED * 2 * (sizes[0] + max(sizes[depth - 1 :]))
     return largest
@@ -86,7 +91,7 @@ def settle(settings: Settings, data: DataSet, labelled: DataSet | None, xp: Modu
     parts = model_bytes(settings, [data.n, *settings.layers], (labelled or data).classes)
     sets = [data] + ([labelled] if labelled is not None else [])
     rows = sum(map(data_bytes, sets))
-    batch = max(settings.batch, settings.finetune_batch or 0)
+    batch = max(settings.batch, settings.finetuning_batch)
     buffers = 2 * max(max(AT_ONCE, batch * part.n * part.train.kept.itemsize) for part in sets)
     needed = sum(parts.values()) + RESERVE
     named = ", ".join(f"{name} {_bytes(size)}" for name, size in {**parts, "reserve": RESERVE}.items() if size)

@@ -36,6 +36,7 @@ _PANELS = (
     (_GAP, None, None, 1),
     ("reconstruction error", "reconstruction_train", "reconstruction_validation", 1),
     ("loss (nats)", "loss_train", "loss_validation", 1),
+    ("squared error", "squared_error_train", "squared_error_validation", 1),
     ("wrong labels (%)", "error_train", "error_validation", 100),
 )
 _PHASES = {"finetune": "Fine-tuning"}

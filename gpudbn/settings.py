@@ -29,6 +29,8 @@ BETWEEN: Rule = (lambda x: 0 < x < 1, "lie between 0 and 1")
 BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
 SERVER_RULES = ("sgd", "momentum", "adagrad")
 STALENESS = ("count", "divide", "compensate")
+BATCH_OPTIMISERS = ("lbfgs", "cg")
+LARGE_BATCH = 1000  # rows, of a batch optimiser: Hinton & Salakhutdinov (2006)
 SEED: Rule = (lambda x: 0 <= x < 1 << 64, "lie in [0, 2**64)")
 
 
@@ -103,14 +105,24 @@ class Settings:
                                  choices=("sample", "mean"))
     up: str = option("sample", "what the layer above is trained on", group="estimator", choices=("sample", "mean"))
 
+    finetune: str = option("classifier", "what the stack is fine-tuned to: a classifier of labels, or a deep "
+                           "autoencoder, the stack unrolled up and down again", group="fine-tuning",
+                           choices=("classifier", "autoencoder"))
+    code: str = option("logistic", "units at the top of an autoencoder", group="fine-tuning",
+                       choices=("logistic", "linear"))
     finetune_data: str | None = option(None, "other labelled data for fine-tuning (default: those of --data)",
                                        group="fine-tuning", metavar="DATA")
     finetune_epochs: int = option(60, "passes over the labelled data (0: pretraining only)", group="fine-tuning",
                                   rule=AT_LEAST_0, metavar="N")
-    finetune_batch: int | None = option(None, "rows an update (default: --batch)", group="fine-tuning",
-                                        rule=AT_LEAST_1, metavar="ROWS")
-    optimiser: str = option(None, "step rule of fine-tuning (default: adam, or sgd where replicas make plain steps: "
-                            "see --server-rule)", group="fine-tuning", choices=("adam", "adagrad", "sgd"), follows=True)
+    finetune_batch: int | None = option(None, "rows an update (default: --batch; 1000 for lbfgs and cg)",
+                                        group="fine-tuning", rule=AT_LEAST_1, metavar="ROWS")
+    optimiser: str = option(None, "step rule of fine-tuning; lbfgs and cg search along lines on large batches (default:"
+                            " adam, or sgd where replicas make plain steps: see --server-rule)", group="fine-tuning",
+                            choices=("adam", "adagrad", "sgd", "lbfgs", "cg"), follows=True)
+    line_searches: int = option(3, "lbfgs, cg: line searches on each batch", group="fine-tuning", rule=AT_LEAST_1,
+                                metavar="N")
+    history: int = option(10, "lbfgs: steps whose curvature it remembers", group="fine-tuning", rule=AT_LEAST_1,
+                          metavar="N")
     finetune_learning_rate: float = option(0.004, "step size of fine-tuning", group="fine-tuning", rule=POSITIVE,
                                            metavar="RATE")
     finetune_schedule: str = option("cosine", "how that rate falls over the epochs", group="fine-tuning",
@@ -207,6 +219,8 @@ class Settings:
         if self.precision == "bf16" and self.sparsity_target is not None:
             raise UserError("--precision: must not be bf16 with --sparsity-target, which moves units by less than bf16 "
                             "can tell; got bf16. Use bf16x2")
+        if self.optimiser in BATCH_OPTIMISERS and self.order == "fixed":
+            raise UserError(f"--optimiser: must be adam, adagrad or sgd with --order fixed; got {self.optimiser}")
         if len(self.layers) > 255:
             raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
 
@@ -231,6 +245,11 @@ class Settings:
         elif steps and any(number != plain for number in numbers):
             raise UserError(f"{flag(name)}: must be {plain} with {steps}, for which replicas make plain steps; "
                             f"got {' '.join(map(str, numbers))}")
+
+    @property
+    def finetuning_batch(self) -> int:
+        """Rows of an update of fine-tuning."""
+        return self.finetune_batch or (LARGE_BATCH if self.optimiser in BATCH_OPTIMISERS else self.batch)
 
     def of_layer(self, name: str, layer: int) -> Any:
         """The value for one layer of a setting that has one number, or one a layer."""

@@ -242,6 +242,10 @@ class _Show:
             self.label = f"layer {r['layer']}"
             self.say(f"layer {r['layer']}   epoch {r['epoch']:>3}/{of}   free energy {pair('free_energy', '9.2f')}   "
                      f"reconstruction {pair('reconstruction', '7.3f')}   {r['seconds']:7.1f} s")
+        elif r["phase"] == "autoencoder":
+            self.label = "autoencoder"
+            self.say(f"autoencoder  epoch {r['epoch']:>3}/{s.finetune_epochs}   loss {pair('loss', '8.3f')}   "
+                     f"squared error {pair('squared_error', '7.3f')}   {r['seconds']:7.1f} s")
         elif r["phase"] == "finetune":
             self.label = "finetune"
             self.say(f"finetune  epoch {r['epoch']:>3}/{s.finetune_epochs}   loss {pair('loss', '.4f')}   "
@@ -251,13 +255,16 @@ class _Show:
         self.say()
         if "reconstruction" in last:
             self.say(f"test reconstruction: {last['reconstruction']:.3f} per row")
+        if "squared_error" in last:
+            self.say(f"test squared error: {last['squared_error']:.3f} per row, cross-entropy {last['loss']:.2f} nats")
         self.say(f"everything is in {run.path}: model.safetensors, metrics.jsonl, settings.toml, checkpoint.safetensors"
                  + (f", plots/ ({', '.join(pictures)})" if pictures else ""))
         if last.get("error") is not None:
             self.say(f"test error: {100 * last['error']:.2f} %  "
                      f"({last['rows']:,} rows, {last['seconds']:.1f} s of training)")
         self.say(f"try next: python -m gpudbn.sample {run.path}")
-        self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
+        if last.get("error") is not None:
+            self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
 
 
 def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
@@ -283,14 +290,19 @@ def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
         plots.filters(run.plot(names[-1]), down, shape, f"Layer {i + 1}: what its hidden units respond to")
     plots.samples(run.plot("samples"), to_cpu(dbn.sample(count, steps=200, start=shown)), shown, shape,
                   "Samples: 200 Gibbs steps in the top layer, from the data")
-    plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(dbn.reconstruct(shown[:20])), shape)
-    plots.curves(run.plot("curves"), [r for r in run.records() if r["phase"] in ("pretrain", "finetune")])
+    plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(_back(dbn, shown[:20])), shape)
+    plots.curves(run.plot("curves"), [r for r in run.records() if "epoch" in r])
     names += ["samples", "reconstructions", "curves"]
     if dbn.classifier is not None and rows.labels is not None:
         predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
         plots.confusion(run.plot("confusion"), rows.take_labels(np.arange(len(rows))), predicted, data.classes)
         names.append("confusion")
     return names
+
+
+def _back(dbn: DBN, rows: Any) -> Any:
+    """Rows as the model gives them back: by the autoencoder if it was fine-tuned to one, else by the layers."""
+    return dbn.reconstruct(rows) if dbn.autoencoder is None else dbn.decode(dbn.encode(rows))
 
 
 def _block(rows: Any, start: int, np: Any) -> Any:

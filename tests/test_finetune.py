@@ -127,12 +127,11 @@ def test_the_gradient_is_right_for_one_and_three_hidden_layers(sizes, monkeypatc
     ("no dropout", reference, "np.multiply(delta, factor, out=delta)", "delta"),
     ("no dropout", finetune, "for i in range(self.depth, -1, -1)", "for i in range(self.depth, 0, -1)"),
     ("no dropout", finetune, "self.net[f\"W{i}\"].T, out=below)", "2 * self.net[f\"W{i}\"].T, out=below)"),
-    ("no dropout", finetune, "a[-1], self.net[f\"c{self.depth}\"], labels)\n        for",
-     "a[-1], 0, labels)\n        for"),
+    ("no dropout", finetune, "x, self.net[f\"c{self.depth}\"], targets)", "x, 0 * self.net[\"c2\"], targets)"),
     ("dropout", reference, "np.float32(-keep)", "np.float32(-1)"),
     ("dropout", reference, "np.float32(1 / keep)", "np.float32(1)"),
     ("dropout", reference, "u < np.float32(keep)", "u > np.float32(keep)"),
-    ("dropout", finetune, "a[i], keep=self._keep(i))", "a[i], keep=self._keep(0))"),
+    ("dropout", finetune, "delta, a, keep=self._keep(level))", "delta, a, keep=self._keep(0))"),
     ("dropout", finetune, "site=site(Purpose.DROPOUT, level), row=piece.row,", "site=site(Purpose.DROPOUT, level),"),
     ("dropout", finetune, "site=site(Purpose.DROPOUT, level)", "site=site(Purpose.DROPOUT, 0)"),
     ("dropout", finetune, "self.settings.dropout if level else", "self.settings.dropout if not level else"),
@@ -200,7 +199,7 @@ def test_measures_are_sums_of_the_plain_formulas_without_dropout(way):
 
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (finetune, "for w in self.wholes], None)", "for w in self.wholes], Piece(positions, 0, 0, slice(0), 0, 1.0))"),
-    (finetune, "return [loss.sum(dtype=np.float64), wrong.sum(", "return [wrong.sum(dtype=np.float64), loss.sum("),
+    (finetune, "return [loss.sum(dtype=np.float64), second.sum(", "return [second.sum(dtype=np.float64), loss.sum("),
     (reference, "np.negative(log_p[each, labels], out=loss)", "loss[...] = log_p[each, labels]"),
     (reference, "np.not_equal(log_p.argmax(axis=1), labels", "np.equal(log_p.argmax(axis=1), labels"),
     (reference, "log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))", "pass"),

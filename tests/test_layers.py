@@ -37,6 +37,7 @@ FLOORS = """
     dbn memory
     pretrain
     finetune large
+    autoencoder
     loop runs plots
     _command mpi/simulate
 """
