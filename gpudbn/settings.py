@@ -197,6 +197,9 @@ class Settings:
                             "wants plain steps at the replicas", group="distribution", choices=STALENESS)
     compensation: float = option(2.0, "async: how much --staleness compensate does", group="distribution",
                                  rule=AT_LEAST_0, metavar="LAMBDA")
+    collectives: str = option("auto", "sync, local: what adds up arrays on GPUs: mpi (through host memory), nccl "
+                              "(between GPUs, one for each replica) or auto (nccl where it can)", group="distribution",
+                              choices=("auto", "mpi", "nccl"))
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
                         "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
                         choices=("fast", "fixed"))
@@ -278,7 +281,7 @@ RUN_OPTIONS = {
     "config": ("FILE", "settings from a TOML file, by the same names; the command line goes before it"),
 }
 # what may differ when a run is resumed: none of it changes what is computed
-RESUMABLE = ("device", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
+RESUMABLE = ("device", "collectives", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
 
 
 def flag(name: str) -> str:

@@ -111,6 +111,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         return result
 
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
+    sums = exchange.choose_collectives(settings.collectives, xp)
     dbn = DBN([data.train.n, *settings.layers], xp)
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
     show = _Show(settings, exchange)
@@ -128,7 +129,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     else:
         path = out or Run.default_path(settings.data)
         run = together(lambda: Run.create(path, settings.to_toml()) if exchange.chief else None)
-    show.beginning(dbn, data, labelled, f"{place}; {where}" if where else place, run)
+    show.beginning(dbn, data, labelled, "; ".join(filter(None, (place, where, sums))), run)
 
     if exchange.replicas == 1:
         _interruptible(training)

@@ -114,7 +114,7 @@ class Stream:
 
     def __init__(self, null=False, non_blocking=False):
         assert not null
-        self.non_blocking = non_blocking
+        self.non_blocking, self.ptr = non_blocking, id(self)
         self.queue, self.given, self.done = deque(), 0, 0
 
     def _enqueue(self, work):

@@ -20,6 +20,7 @@ FLOORS = """
     arrays exact paths precision settings mpi/costs
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
+    mpi/nccl
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks
     cuda/layers
     cuda/__init__ data/files

@@ -3,6 +3,7 @@
     launch.py      what the launcher said; before NumPy and MPI are loaded
     alone.py       what a training loop may ask of other replicas; the answers of one on its own
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
+    nccl.py        sums and broadcasts between GPUs
     collective.py  replicas in step, or that meet every so often
     replica.py     replicas around parameter servers
     server.py      a server
@@ -102,6 +103,8 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
     if settings.order == "fixed" and mode != "sync":
         why = "whose replicas arrive in no fixed order" if mode == "async" else "whose replicas cut no batch"
         raise UserError(f"--order: must be fast with --mode {mode}, {why}; got fixed. Use --mode sync")
+    if settings.collectives == "nccl" and mode == "async":
+        raise UserError("--collectives: must be auto or mpi with --mode async, whose replicas add nothing up; got nccl")
     from gpudbn.mpi.collective import Averaging, Elastic
     from gpudbn.mpi.rules import from_settings
 

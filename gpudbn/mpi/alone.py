@@ -54,6 +54,21 @@ class Exchange:
         """Seconds since some time in the past: the clock of the records."""
         return time.perf_counter()
 
+    def choose_collectives(self, wanted: str, xp: Any) -> str:  # noqa: ARG002
+        """Before the first ``begin``: by what arrays of module ``xp`` are added up; collective.
+
+        Parameters
+        ----------
+        wanted : str
+            ``--collectives``.
+
+        Returns
+        -------
+        str
+            A word for the log; empty where there is nothing to choose.
+        """
+        return ""
+
     def begin(self, parameters: Array) -> None:
         """Start of a phase (a layer, a fine-tuning): all leave with the values of replica 0.
 

@@ -1,6 +1,6 @@
 """Replicas that act together: sums, tables and answers over all of them; and training in step.
 
-``Together`` is what any kind of replica needs of the others outside the updates. Two kinds need no server:
+``Together`` is what any kind of replica needs of the others outside the updates. Three kinds need no server:
 
     Synchronous   each replica computes a slice of every batch, and the sums are added
     Averaging     each updates parameters of its own with rows of its own; every so often all meet, with one sum:
@@ -16,6 +16,7 @@ import numpy as np
 
 from gpudbn.arrays import Array, module_of
 from gpudbn.mpi.alone import Exchange
+from gpudbn.mpi.nccl import Nccl, choose
 from gpudbn.mpi.wire import Wire
 from gpudbn.tracing import span
 
@@ -69,18 +70,33 @@ class Together(Exchange):
         return report
 
 
-class Synchronous(Together):
-    """Replicas in step, each on its slice of every batch. All ranks of the wire are replicas."""
+class Peers(Together):
+    """Replicas without a server: all ranks of the wire."""
 
-    cuts_batches = True
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(wire)
+        self.arrays: Wire | Nccl = wire  # what adds and broadcasts them
+
+    def choose_collectives(self, wanted: str, xp: Any) -> str:
+        self.arrays, word = choose(self.wire, wanted, xp)
+        return word
 
     def begin(self, parameters: Array) -> None:
         with span("broadcast"):
-            self.wire.broadcast(parameters, 0)
+            self.arrays.broadcast(parameters, 0)
+
+    def close(self) -> None:
+        self.wire.close()
+
+
+class Synchronous(Peers):
+    """Replicas in step, each on its slice of every batch."""
+
+    cuts_batches = True
 
     def add_(self, sums: Array) -> None:
         with span("allreduce"):
-            self.wire.allreduce_(sums)
+            self.arrays.allreduce_(sums)
 
     def add_in_order_(self, sums: Array, partials: list[Array]) -> None:
         """A chain: each replica adds its blocks, one by one, to what its predecessor hands on."""
@@ -95,12 +111,9 @@ class Synchronous(Together):
                 self.wire.send(sums, self.replica + 1)
             self.wire.broadcast(sums, self.replicas - 1)
 
-    def close(self) -> None:
-        self.wire.close()
 
-
-class Periodic(Together):
-    """Replicas on rows of their own that meet at every ``exchange``. All ranks of the wire are replicas."""
+class Periodic(Peers):
+    """Replicas on rows of their own that meet at every ``exchange``."""
 
     shards_rows = True
 
@@ -108,23 +121,16 @@ class Periodic(Together):
         super().__init__(wire)
         self.meetings = 0
 
-    def begin(self, parameters: Array) -> None:
-        with span("broadcast"):
-            self.wire.broadcast(parameters, 0)
-
     def _sum_(self, changes: Array) -> None:
         """changes = their sum over the replicas, in place."""
         self.wire.barrier()  # so that waiting for others is told from the transfer
         with span("allreduce"):
-            self.wire.allreduce_(changes)
+            self.arrays.allreduce_(changes)
         self.meetings += 1
         self.wire.worked("exchange", changes.nbytes)
 
     def report(self) -> dict[str, Any]:
         return super().report() | {"meetings": self.meetings}
-
-    def close(self) -> None:
-        self.wire.close()
 
 
 class Averaging(Periodic):
