@@ -13,8 +13,10 @@ import pytest
 
 from gpudbn.arrays import to_cpu, to_gpu
 from gpudbn.errors import UserError
+from gpudbn.mpi import chosen
 from gpudbn.mpi import nccl as ours
 from gpudbn.mpi.collective import Averaging, Elastic, Synchronous
+from gpudbn.settings import Settings
 from tests import pretend_cupy
 from tests.helpers import assert_notices
 from tests.mpi.test_collective import together
@@ -209,3 +211,9 @@ def test_a_wrong_sum_is_noticed_before_it_is_used(monkeypatch):
     monkeypatch.setattr(Communicator, "allReduce", lambda *_: None)
     with machine(monkeypatch) as library, pytest.raises(UserError, match="a sum of 1 where 3 ranks have 1 each"):
         replicas(library, Synchronous, None)
+
+
+def test_asynchronous_replicas_have_nothing_for_it_to_add():
+    with pytest.raises(UserError, match="--collectives: must be auto or mpi with --mode async"):
+        chosen(Settings(collectives="nccl"), 3)
+    assert chosen(Settings(collectives="nccl"), 1)["mode"] == "sync"
