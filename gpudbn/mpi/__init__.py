@@ -1,6 +1,7 @@
 """Replicas over MPI: all in step, or around a parameter server.
 
     launch.py      what the launcher said; before NumPy and MPI are loaded
+    tally.py       what a rank did when
     alone.py       what a training loop may ask of other replicas; the answers of one on its own
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
     nccl.py        sums and broadcasts between GPUs
@@ -86,6 +87,7 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     from gpudbn.mpi.wire import Wire
 
     wire = Wire.start()
+    wire.align()
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
     return join(wire, mode, size, rule, servers, outer)

@@ -7,6 +7,7 @@ doubled or torn. ``Link`` is the traffic with one server, which has a shard of t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from gpudbn.arrays import Array, module_of
 from gpudbn.mpi import changes
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import BEGIN, FAIL, FINISH, Header, cuts
+from gpudbn.mpi.server import BEGIN, FAIL, FINISH, REPORT, Header, cuts
 from gpudbn.mpi.staged import ANSWER, CONTROL, ReplicaEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
@@ -50,6 +51,12 @@ class Link:
     def tell(self, kind: int) -> None:
         """A control message without a size."""
         self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
+
+    def report(self) -> dict[str, Any]:
+        """What the server did so far: see ``Server.report``. For one replica to ask."""
+        self.tell(REPORT)
+        report: dict[str, Any] = json.loads(self.wire.recv_text(0))
+        return report
 
     def push(self, change: Array) -> None:
         """Give a change to the server."""
@@ -144,8 +151,11 @@ class Asynchronous(Together):
         return super().report() | {
             "pushes": self.links[0].end.sequence, "pulls": self._pulls,
             "reads_retried": sum(link.end.retried for link in self.links),
-            "reads_asked": sum(link.end.asked for link in self.links),
-            "staleness": np.sum([link.header.staleness for link in self.links], axis=0).tolist()}
+            "reads_asked": sum(link.end.asked for link in self.links)}
+
+    def reports(self) -> list[dict[str, Any]] | None:
+        replicas = super().reports()
+        return None if replicas is None else [*(link.report() for link in self.links), *replicas]
 
     def close(self) -> None:
         self._drain()
