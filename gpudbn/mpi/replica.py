@@ -33,12 +33,15 @@ class Link:
         Entries of the server's shard of the largest parameter vector of the run.
     asking : bool
         See ``staged.ReplicaEnd``.
+    push : str
+        See ``changes.Packing``.
     """
 
-    def __init__(self, wire: Wire, size: int, *, asking: bool = False) -> None:
+    def __init__(self, wire: Wire, size: int, *, asking: bool = False, push: str = "dense") -> None:
         self.wire, self.replica = wire, wire.rank - 1
         self.header = Header(wire.size - 1)  # as of the last pull
         self.end = ReplicaEnd(wire, size, self.header.words.size, asking=asking)
+        self.packing = changes.Packing(push)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
 
     def begin(self, shard: Array) -> None:
@@ -59,8 +62,8 @@ class Link:
         return report
 
     def push(self, change: Array) -> None:
-        """Give a change to the server."""
-        self.end.push(*changes.encode(change, base=self.base))
+        """Give a change to the server; it becomes what that will make of it."""
+        self.end.push(*self.packing.encode(change, base=self.base))
 
     def pull(self, shard: Array) -> None:
         """The latest parameters, and the header that belongs to them."""
@@ -93,17 +96,19 @@ class Asynchronous(Together):
         Entries of the largest parameter vector of the run, as told to the servers.
     asking : bool
         See ``staged.ReplicaEnd``.
+    push : str
+        See ``changes.Packing``.
     """
 
     shards_rows = True
 
     def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, *,
-                 asking: bool = False) -> None:
+                 asking: bool = False, push: str = "dense") -> None:
         super().__init__(replicas)
         self.world = world
         world.label = self.wire.label
         self._size = size
-        self.links = [Link(wire, part.stop - part.start, asking=asking)
+        self.links = [Link(wire, part.stop - part.start, asking=asking, push=push)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0
@@ -115,6 +120,8 @@ class Asynchronous(Together):
         self._drain()
         self.wire.barrier()
         self._cuts = cuts(parameters.size, len(self.links))
+        for link in self.links:
+            link.packing.begin()
         if self.chief:
             for link, part in zip(self.links, self._cuts, strict=True):
                 link.begin(parameters[part])
