@@ -110,6 +110,14 @@ def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
     return np, f"CPU (NumPy; {reason})"
 
 
+def device_versions(xp: Any) -> dict[str, Any]:
+    """What decides how fast the current GPU runs the same kernels: its name, the driver's CUDA, CuPy and its CUDA."""
+    runtime = xp.cuda.runtime
+    name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+    return {"device": name, "driver": runtime.driverGetVersion(), "cuda": runtime.runtimeGetVersion(),
+            "cupy": xp.__version__}
+
+
 def free_memory(xp: Any) -> int:
     """Bytes that are free on the current GPU, those that CuPy's pool holds unused among them."""
     return xp.cuda.Device().mem_info[0] + xp.get_default_memory_pool().free_bytes()

@@ -16,13 +16,16 @@ measure together, and may save.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpudbn.arrays import Array, is_gpu, to_cpu
+from gpudbn import __version__, trials
+from gpudbn.arrays import Array, device_versions, is_gpu, to_cpu
 from gpudbn.autoencoder import AutoencoderPhase
 from gpudbn.cuda.wgmma import tiles
 from gpudbn.data import DataSet, Rows
@@ -33,11 +36,11 @@ from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
 from gpudbn.large import LargeLayerPhase
-from gpudbn.memory import BLOCKS, MEASURED
-from gpudbn.paths import Case, Path, choose_path
+from gpudbn.memory import BLOCKS, MEASURED, TURN
+from gpudbn.paths import Case, Path, choose_path, quickest
 from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
-from gpudbn.rbm import new_chains
+from gpudbn.rbm import RBM, new_chains
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.tracing import span
 from gpudbn.twins import twins_of, without_kernels
@@ -45,8 +48,9 @@ from gpudbn.twins import twins_of, without_kernels
 if TYPE_CHECKING:
     from gpudbn.mpi.alone import Exchange
 
-TURN = 50  # updates between two looks at the world, alone or synchronous
 PROBE = 2000  # rows on which a layer is measured
+TIMED_BY = ("batch", "method", "k", "binarise", "data_hidden", "last_hidden", "reconstruction", "up", "momentum",
+            "centring", "sparsity_target")  # settings on which the time of an update depends
 FINITE = 2**64 - 1  # the flag as long as everything was finite
 
 
@@ -133,12 +137,12 @@ class Training:
         """
         while self.index < self.phases:
             with span(f"phase {self.index}"):
+                feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp, self._turn() * self._batch())
+                self.paths[self.index] = self._settled(feed)
                 plain = self.paths[self.index].name == "unfused"
                 kept = self._phase_arrays
                 with without_kernels(plain):
                     phase = self.phase = self._make_phase()
-                feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp,
-                               self._turn(phase) * phase.batch)
                 self.graphs = self._make_graphs(phase, feed)
                 self.exchange.begin(phase.parameters)
                 if kept:
@@ -170,8 +174,7 @@ class Training:
                 chains = self.dbn.xp.asarray(kept["chains"] if kept else new_chains(
                     high - low, self.dbn.layers[self.index], seed=s.seed, layer=self.index,
                     row=self._first_row() + low))
-            kind = LargeLayerPhase if self.paths[self.index].name == "wgmma" else LayerPhase
-            layer = kind(self.dbn, self.index, s, rows=rows, chains=chains)
+            layer = self._kind()(self.dbn, self.index, s, rows=rows, chains=chains)
             if not kept:
                 layer.initialise(self.data.train)
             phase = layer
@@ -191,13 +194,20 @@ class Training:
             return AutoencoderPhase(self.dbn, self.settings, rows=rows)
         return FinetunePhase(self.dbn, self.labelled.classes, self.settings, rows=rows)
 
-    def _turn(self, phase: Phase) -> int:
+    def _kind(self) -> type[LayerPhase]:
+        return LargeLayerPhase if self.paths[self.index].name == "wgmma" else LayerPhase
+
+    def _batch(self) -> int:
+        """Rows of an update of the current phase."""
+        return self.settings.batch if self.index < self.depth else self.settings.finetuning_batch
+
+    def _turn(self) -> int:
         """Updates of a turn."""
         if self.exchange.shards_rows:
             return self.settings.period if self.settings.mode == "local" else self.settings.n_push
         rows = self._set(self.index).train
         streamed = self.dbn.xp is not np and not is_gpu(rows.array)
-        return max(1, min(TURN, AT_ONCE // (phase.batch * rows.n * rows.kept.itemsize))) if streamed else TURN
+        return max(1, min(TURN, AT_ONCE // (self._batch() * rows.n * rows.kept.itemsize))) if streamed else TURN
 
     def _run_epoch(self, phase: Phase, feed: Feed) -> dict[str, Any] | None:
         started = self.exchange.clock()
@@ -205,7 +215,7 @@ class Training:
         # the same number of updates on every replica, also where shards differ by a row
         all_rows = len(self._set(self.index).train)
         longest = -(-all_rows // self.exchange.replicas) if self.exchange.shards_rows else all_rows
-        count, turn = -(-longest // phase.batch), self._turn(phase)
+        count, turn = -(-longest // phase.batch), self._turn()
         positions = feed.begin(permutation(len(feed.rows), seed=self.settings.seed, update=self.epoch,
                                            row=self._first_row(), site=site(Purpose.ORDER, self.index)))
         before = phase.parameters.copy() if self.exchange.shards_rows else None
@@ -274,8 +284,64 @@ class Training:
             precision=self.dbn.about["precision"] if layer else "fp32",
             means=("--data-hidden mean" if s.data_hidden == "mean" else
                    "--reconstruction mean" if s.reconstruction == "mean" else None),
+            rounded=("--last-hidden mean" if s.last_hidden == "mean" else "--up mean" if index and s.up == "mean" else
+                     None if index or s.binarise != "none" or self.data.train.levels else "data of any numbers"),
             offsets=s.centring != "off" or s.sparsity_target is not None,
-            fits=layer and s.kernels == "persistent" and self._fits(index), **self._large(index)))
+            fits=layer and s.kernels in ("auto", "persistent") and self._fits(index), **self._large(index)))
+
+    def _settled(self, feed: Feed) -> Path:
+        """The path of the phase that begins: as before a stop, or the quickest of those to be timed."""
+        s, path = self.settings, self.paths[self.index]
+        if not path.rivals or self.epoch >= s.of_layer("epochs", self.index):
+            return path
+        kept = bytes(self._phase_arrays.get("path", np.empty(0, np.uint8))).decode()
+        for rival in path.rivals:
+            if kept.startswith(f"{rival.name} ("):
+                return replace(rival, why=kept[len(rival.name) + 2 : -1], rivals=path.rivals)
+        rbm = self.dbn.layers[self.index]
+        count = min(trials.updates_of((6 + 4 * s.k) * s.batch * rbm.n * rbm.m, self._turn()), len(feed.rows) // s.batch)
+        case = {"sizes": self.dbn.sizes[: self.index + 2], "updates": count, "rows": type(feed).__name__,
+                "kept": str(feed.rows.kept), "precision": rbm.precision, "gpudbn": __version__,
+                **{name: getattr(s, name) for name in TIMED_BY}, **device_versions(self.dbn.xp)}
+        times = trials.recalled(case, [rival.name for rival in path.rivals])
+        failed: dict[str, str] = {}
+        if times is None and count:
+            times, failed = self._times(path.rivals, feed, count)
+            if not failed:
+                trials.remember(case, times)
+        return quickest(path, times or {}, failed)
+
+    def _times(self, rivals: tuple[Path, ...], feed: Feed, count: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Microseconds an update by each path, by its name; and of those that fail, why."""
+        times: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        positions = feed.begin(np.arange(len(feed.rows)))
+        for path in rivals:
+            try:
+                with span(f"trial of {path.name}"), without_kernels(path.name == "unfused"):
+                    times[path.name] = self._trial(path, feed, positions, count) / count
+            except Exception as error:  # whatever it is, the others may do
+                failed[path.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        return times, failed
+
+    def _trial(self, path: Path, feed: Feed, positions: Any, count: int) -> float:
+        """Microseconds of a turn of so many updates by a path, of a layer and chains that are thrown away."""
+        s, xp, rbm = self.settings, self.dbn.xp, self.dbn.layers[self.index]
+        low, high = self._chain_range(s.batch)
+        scratch = RBM(rbm.n, rbm.m, xp, rbm.shards)
+        scratch.precision = rbm.precision
+        scratch.initialise(sd=s.initial_weights, seed=s.seed, layer=self.index)
+        other = copy.copy(self)  # a run like this one
+        other.dbn, other.paths, other.position = copy.copy(self.dbn), [path] * self.phases, 0
+        other.dbn.layers = [*self.dbn.layers[: self.index], scratch]
+        chains = xp.zeros((high - low, rbm.width), np.float32) if s.method == "pcd" else None
+        phase = other._kind()(other.dbn, self.index, s, rows=self._widest(s.batch), chains=chains)
+        phase.begin_epoch(0)
+        other.graphs = other._make_graphs(phase, feed)
+        try:
+            return trials.timed(xp, lambda: other._run_turn(phase, feed, positions, count))
+        finally:
+            other.graphs = None  # it knows the run that has it: their memory would wait for the collector
 
     def _fits(self, index: int) -> bool:
         """Whether the parameters of a layer fit on the chip of this GPU."""
@@ -459,6 +525,8 @@ class Training:
         own: dict[str, np.ndarray] = {}
         if self.phase is not None:
             own = {f"phase.{name}": to_cpu(array) for name, array in self.phase.state().items()}
+            if self.paths[self.index].rivals:
+                own["phase.path"] = np.frombuffer(f"{self.paths[self.index]}".encode(), np.uint8)
             if self.exchange.shards_rows:
                 common, separate = self.exchange.state()
                 own = self._collected(own | {f"phase.{name}": to_cpu(array) for name, array in separate.items()})

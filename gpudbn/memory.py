@@ -22,6 +22,7 @@ from gpudbn.settings import BATCH_OPTIMISERS, Settings
 
 FLOAT = 4
 RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
+TURN = 50  # updates between two looks at the world, alone or synchronous
 BLOCKS = 8  # --order fixed: pieces of a batch, each with a gradient of its own
 AT_ONCE_ROWS = 1000  # of a large batch, that go through the network at once
 MEASURED = 250  # rows measured at once: blocks of constant size, whose sums do not depend on the number of replicas
@@ -34,15 +35,17 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     kept = FLOAT * sum(layers)
     pieces = BLOCKS if s.order == "fixed" else 1  # of a batch
     copies = {"bf16": 2, "bf16x2": 4}.get(chosen(s.precision, tensor_cores=True), 0)  # bytes a weight, by wgmma
-    copies *= s.kernels in ("auto", "wgmma")
+    copies *= s.kernels in ("auto", "predicted", "wgmma")
+    plain = s.kernels == "unfused" or (s.kernels == "auto" and chosen(s.precision, tensor_cores=True) == "fp32")
     phases = []
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
-        # velocity, and two while initial weights are made; or the sums of the pieces, and of all
-        vectors = 3 + (s.kernels == "unfused") if pieces == 1 else pieces + 2
+        # velocity, and two while paths are timed or initial weights are made; or the sums of the pieces, and of all
+        vectors = 3 + plain if pieces == 1 else pieces + 2
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
-                       "chains": FLOAT * chains, "copies in bf16": copies * n * m})
+                       "chains": FLOAT * chains, "copies in bf16": copies * n * m,
+                       "rows of a launch": FLOAT * TURN * s.batch * n * (s.kernels == "persistent")})
     if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
         widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
         network = sum(n * m + m for n, m in itertools.pairwise(widths))

@@ -7,27 +7,31 @@
     persistent  a whole turn in one launch, with the weights on the chip (``reference.cd_run``)
     wgmma       kernels of Hopper's tensor cores for large layers in bf16, in a CUDA graph where it can be
 
-``--kernels`` forces a path; ``auto`` takes the first of ``ORDER`` that can be taken: wgmma only with ``--precision``
-bf16, since of bf16x2 it splits the weights alone, and where each product of the layer has tiles for half of the
-processors.
+``--kernels`` forces a path. With ``auto`` the paths that a layer can take, and that compute as exactly as
+``--precision`` promises, are its ``rivals``: they are timed on the device before the phase begins (``trials.py``), and
+the quickest is taken. So wgmma is a rival only with bf16, since of bf16x2 it splits the weights alone; persistent
+only with bf16x2 and where nothing but samples and whole numbers crosses the chip, since it rounds means to float16;
+and unfused only with fp32.
 
-The order is predicted, not yet measured on a GPU: CD-1 of 784 x 500 units with 100 rows is some 25
-launches of CuPy, 4 of ours, at 4 to 10 us each from Python and about 1.3 us each in a graph, so some 110 to
-140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products take hundreds of microseconds the
-paths with kernels do not differ, and a graph costs nothing. There the products decide: on Hopper wgmma is expected
-to make them some 1.6 times as fast as older instructions on all processors, and slower with tiles for less than half.
-One persistent launch is predicted at 7 to 10 us an update; it has not been run on a GPU, rounds means of hidden
-units, and so is not taken unless asked for.
+Where nothing can be timed, and with ``predicted``, it is the first of ``ORDER`` that can be taken, wgmma only where
+each product of the layer has tiles for half of the processors. That order is a prediction, not yet measured on a GPU:
+CD-1 of 784 x 500 units with 100 rows is some 25 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and
+about 1.3 us each in a graph, so some 110 to 140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products
+take hundreds of microseconds the paths with kernels do not differ, and a graph costs nothing. There the products
+decide: on Hopper wgmma is expected to make them some 1.6 times as fast as older instructions on all processors, and
+slower with tiles for less than half.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from gpudbn.errors import UserError
 
-ORDER = ("wgmma", "graph", "fused")  # of auto, on a GPU
-CHOICES = ("auto", "wgmma", "graph", "persistent", "fused", "unfused")
+ORDER = ("wgmma", "graph", "fused")  # predicted, on a GPU
+RIVALS = ("wgmma", "graph", "persistent", "fused", "unfused")  # that auto times
+CHOICES = ("auto", "predicted", "wgmma", "graph", "persistent", "fused", "unfused")
 WGMMA, BF16 = "sm_90", ("bf16", "bf16x2")  # the architecture that has it; the precisions it has
 
 
@@ -50,6 +54,8 @@ class Case:
         CuPy's operations have float32 alone, wgmma bf16 and bf16x2.
     means : str or None
         An option under which states that are not samples cross the chip: ``--data-hidden mean``.
+    rounded : str or None
+        What the persistent path rounds and no other does: ``--last-hidden mean``.
     offsets : bool
         Units are centred or drawn to a target of sparsity.
     fits : bool
@@ -67,6 +73,7 @@ class Case:
     updates: int = 1 << 20
     precision: str = "fp32"
     means: str | None = None
+    rounded: str | None = None
     offsets: bool = False
     fits: bool = True
     architecture: str = "sm_80"
@@ -76,11 +83,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Path:
-    """A way for updates to take, and why it is taken; ``graph``: whether turns are CUDA graphs."""
+    """A way for updates to take.
+
+    Attributes
+    ----------
+    name, why : str
+        For the log.
+    graph : bool
+        Whether turns are CUDA graphs.
+    rivals : tuple of Path
+        Those with which it is timed, itself among them, before one is taken. None: it needs no trial.
+    """
 
     name: str
     why: str
     graph: bool = False
+    rivals: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})"
@@ -138,30 +156,63 @@ def _too_small(name: str, case: Case) -> str | None:
     return None
 
 
+def _coarser(name: str, case: Case) -> bool:
+    """Whether a path that can be taken computes less exactly than the precision promises: it has to be asked for."""
+    return (name == "wgmma" and case.precision != "bf16") or (
+        name == "persistent" and (case.precision != "bf16x2" or case.rounded is not None))
+
+
+def _rivals(case: Case) -> tuple[Path, ...]:
+    """The paths among which the device is to decide: two or more, or none. Replicas in step take the same."""
+    found = () if case.finetune or case.host_between else tuple(
+        _path(name, [], case) for name in RIVALS if _against(name, case) is None and not _coarser(name, case))
+    return found if len(found) > 1 else ()
+
+
+def quickest(predicted: Path, times: Mapping[str, float], failed: Mapping[str, str]) -> Path:
+    """Of a path's rivals the one that took least time, with all that was found as its reason.
+
+    Parameters
+    ----------
+    predicted : Path
+        What it is if there are no times.
+    times : mapping from name to microseconds an update
+    failed : mapping from name to reason
+        Of rivals that could not be timed.
+    """
+    best = min((path for path in predicted.rivals if path.name in times), key=lambda path: times[path.name],
+               default=predicted)
+    told = ", ".join(f"{name} {times[name]:.4g}" for name in sorted(times, key=lambda name: times[name]))
+    why = f"timed, us an update: {told}" if times else predicted.why
+    why = "; ".join([why, *(f"{name} failed: {reason}" for name, reason in failed.items())])
+    return replace(best, why=why, rivals=predicted.rivals)
+
+
 def choose_path(asked: str, case: Case) -> Path:
     """The path for a phase.
 
     Parameters
     ----------
     asked : str
-        ``--kernels``: auto, or the name of a path. ``graph`` means: wherever it can be.
+        ``--kernels``: auto, predicted, or the name of a path. ``graph`` means: wherever it can be.
     case : Case
 
     Raises
     ------
     UserError
-        If the path that is asked for needs a GPU and there is none, or cannot be taken by a layer.
+        If a path that is asked for needs a GPU and there is none, or cannot be taken by a layer.
     """
     if not case.gpu:
-        if asked != "auto":
+        if asked not in ("auto", "predicted"):
             raise UserError(f"--kernels: must be auto without a GPU; got {asked}")
         return Path("numpy", "no GPU")
-    if asked == "auto":
+    if asked in ("auto", "predicted"):
         has_wgmma = case.architecture == WGMMA and case.precision == "bf16"  # of bf16x2 it splits the weights alone
         order = tuple(name for name in ORDER if name != "wgmma" or has_wgmma)
         against = {name: _against(name, case) or _too_small(name, case) for name in order}
         name = next(name for name in order if against[name] is None)
-        return _path(name, [f"no {other}: {against[other]}" for other in order[: order.index(name)]], case)
+        path = _path(name, [f"no {other}: {against[other]}" for other in order[: order.index(name)]], case)
+        return replace(path, rivals=_rivals(case)) if asked == "auto" else path
     reason = _against(asked, case)
     if reason is None:
         return _path(asked, ["--kernels"], case)

@@ -152,9 +152,10 @@ class Settings:
                             choices=("auto", "fp32", "bf16x2", "tf32", "bf16", "exact"))
     kernels: str = option("auto", "how updates run on a GPU: wgmma (large layers in bf16 on Hopper), graph (kernels in "
                           "CUDA graphs), persistent (many updates in one launch), fused (kernels one by one), unfused "
-                          "(CuPy and cuBLAS, to compare with); auto: wgmma where a layer is large and --precision is "
-                          "bf16 or bf16x2, graph, or else fused", group="run",
-                          choices=("auto", "wgmma", "graph", "persistent", "fused", "unfused"))
+                          "(CuPy and cuBLAS, to compare with); auto: the quickest of those that are as exact as "
+                          "--precision, timed before each layer; predicted: wgmma where a layer is large and "
+                          "--precision is bf16, graph, or else fused", group="run",
+                          choices=("auto", "predicted", "wgmma", "graph", "persistent", "fused", "unfused"))
     resident: str = option("auto", "training rows in the GPU's memory: yes, no (they stream from the host), or yes if "
                            "there is room", group="run", choices=("auto", "yes", "no"))
     threads: int | None = option(None, "BLAS threads a rank (default: the node's cores shared among its computing "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 
 import pytest
 
 from gpudbn import arrays
 
+os.environ["GPUDBN_PATHS"] = ""  # what a test times is not kept for the user
 pytest_plugins = ["tests.cuda.report"]
 
 

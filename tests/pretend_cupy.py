@@ -20,7 +20,7 @@ It has only what ``gpudbn`` and the benchmarks use, with CuPy's signatures (held
   waits for all that it needs.
 - In a graph that is being captured may stand what makes no new array.
 
-``RawModule`` compiles with ``tests/cuda_on_cpu``. Events tell the time of the host.
+``RawModule`` compiles with ``tests/cuda_on_cpu``. Events tell the time of the host, or of another clock.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import sys
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
@@ -58,6 +59,7 @@ class Device:
     busy: bool = False  # whether work was given to the stream since the host last waited for it
     late_kernels: bool = False  # kernels wait until the host or an event needs them
     late_copies: bool = True  # and so do copies of streams that are not the current one
+    clock: Callable[[], float] = time.perf_counter  # seconds, of events
 
     def __post_init__(self) -> None:
         self.main = Stream()
@@ -162,7 +164,7 @@ class Stream:
 
 
 class Event:
-    """A moment; in truth the host's."""
+    """A moment of the device's clock; in truth the host's."""
 
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         assert (block, interprocess) == (False, False)
@@ -172,7 +174,7 @@ class Event:
     def record(self, stream=None):
         self.stream = stream or device.stream
         self.place = self.stream.given
-        self.moment = time.perf_counter()
+        self.moment = device.clock()
 
     def synchronize(self):
         if self.stream is not None:

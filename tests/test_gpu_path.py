@@ -80,7 +80,8 @@ def finished(run):
 
 def strong(**options):
     """Settings under which weights grow enough for samples to depend on them."""
-    return small_settings(**{"learning_rate": 0.5, "epochs": 2, "finetune_epochs": 3, **options})
+    base = {"learning_rate": 0.5, "epochs": 2, "finetune_epochs": 3, "kernels": "predicted"}
+    return small_settings(**{**base, **options})
 
 
 # ------------------------------------------------------------------------------------------- whole runs
@@ -241,7 +242,7 @@ def test_a_server_that_keeps_its_parameters_on_the_device(make, device):
 # ------------------------------------------------------------------------ what crosses, and who waits for whom
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS, {"kernels": "auto", "precision": "bf16x2"}])
 def test_an_epoch_takes_its_order_along_and_waits_only_to_measure(options, device, monkeypatch):
     """Every copy of an epoch is named here: rates, order and counters at its beginning, a look and the measures at
     its end. Between them lie all updates, and the host waits for nothing."""
@@ -427,8 +428,9 @@ def parameters(function):
 
 def rehearsal(out, **variables):
     """The script at toy sizes."""
+    given = {"GPUDBN_REHEARSE": "1", "GPUDBN_PATIENCE": "5", "PYTHON": sys.executable, **variables}
     return subprocess.run([ROOT / "benchmarks" / "on_gpu.sh", out], capture_output=True, text=True, check=False,
-                          env=os.environ | {"GPUDBN_REHEARSE": "1", "PYTHON": sys.executable} | variables)
+                          env=os.environ | given)
 
 
 def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):

@@ -35,7 +35,7 @@ FLOORS = """
     mpi/server
     mpi/replica
     mpi/__init__
-    dbn memory
+    dbn memory trials
     pretrain
     finetune large
     autoencoder

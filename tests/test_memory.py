@@ -24,11 +24,13 @@ OPTIONS = [{"layers": (301,), "finetune_epochs": 0}, {"layers": (301, 211), "met
            {"layers": (101, 97), "finetune_epochs": 1}, {"layers": (101,), "optimiser": "sgd", "finetune_epochs": 1},
            {"layers": (7,), "batch": 51, "finetune_epochs": 0},
            {"layers": (301,), "order": "fixed", "finetune_epochs": 0},
-           {"layers": (301,), "kernels": "unfused", "finetune_epochs": 0}]
+           {"layers": (301,), "kernels": "unfused", "finetune_epochs": 0},
+           {"layers": (301,), "kernels": "auto", "finetune_epochs": 0}]
 
 
 def wide(**options):
-    return small_settings(**{"batch": 17, "finetune_batch": 17, "epochs": 1, "finetune_epochs": 2, **options})
+    base = {"batch": 17, "finetune_batch": 17, "epochs": 1, "finetune_epochs": 2, "kernels": "predicted"}
+    return small_settings(**{**base, **options})
 
 
 def check_sizes(options):
@@ -105,7 +107,8 @@ def test_on_a_cpu_nothing_is_asked():
 
 @NO_KERNELS
 def test_the_command_streams_and_says_so(tmp_path, capsys):
-    small = ["--layers", "24", "--epochs", "1", "--finetune-epochs", "1", "--batch", "200", "--plots", "off"]
+    small = ["--layers", "24", "--epochs", "1", "--finetune-epochs", "1", "--batch", "200", "--plots", "off",
+             "--kernels", "predicted"]
     with installed(10**9) as device:
         assert train.main([*small, "--device", "gpu", "--resident", "no", "--out", str(tmp_path / "one")]) == 0
         assert "GPU 0 of 1 (pretended, kernels on the CPU); rows (" in (out := capsys.readouterr().out)

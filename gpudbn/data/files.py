@@ -30,8 +30,9 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplem
 
 
 def cache_folder() -> Path:
-    """Where downloads and unpacked files are kept: ``GPUDBN_DATA``, or ``~/.cache/gpudbn``."""
-    return Path(os.environ.get("GPUDBN_DATA") or "~/.cache/gpudbn").expanduser()
+    """Where downloads, unpacked files and times of paths are kept: ``GPUDBN_DATA``, or the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("GPUDBN_DATA") or f"{cache}/gpudbn").expanduser()
 
 
 @contextmanager
