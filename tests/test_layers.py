@@ -17,7 +17,7 @@ import gpudbn
 
 FLOORS = """
     errors draws scratch tracing mpi/launch
-    arrays exact paths precision settings mpi/costs mpi/tally
+    arrays exact paths precision settings mpi/costs
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     mpi/nccl
@@ -40,7 +40,8 @@ FLOORS = """
     finetune large
     autoencoder
     loop runs plots
-    _command mpi/simulate
+    _command
+    mpi/calibrate mpi/simulate
 """
 FLOOR = {name: number for number, line in enumerate(FLOORS.strip().splitlines()) for name in line.split()}
 FACE = len(FLOORS)

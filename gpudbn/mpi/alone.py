@@ -14,7 +14,6 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.errors import UserError
-from gpudbn.mpi.tally import Tally
 
 
 class Exchange:
@@ -33,9 +32,6 @@ class Exchange:
     shards_rows : bool
         Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
 
-    tally : Tally
-        What this replica does when: ``with exchange.tally.timing("measuring"): ...``
-
     Notes
     -----
     Every method but ``exchange`` and ``report`` is collective: all replicas call it, in the same order.
@@ -47,9 +43,8 @@ class Exchange:
     cuts_batches = False
     shards_rows = False
 
-    def __init__(self, tally: Tally | None = None) -> None:
-        self.tally = tally or Tally(self.clock)
-        self.tally.enter("computing")
+    def __init__(self) -> None:
+        self._started = self.clock()
 
     @property
     def chief(self) -> bool:
@@ -163,20 +158,21 @@ class Exchange:
             raise UserError(error)
 
     def report(self) -> dict[str, Any]:
-        """What this replica did so far.
+        """What this replica did so far: seconds, bytes, counts of pushes and pulls.
 
         Returns
         -------
         dict
-            ``role``, ``number``, and what ``Tally.about`` tells; ``pushes``, ``pulls``, ``reads_retried``,
-            ``reads_asked``: 0 unless asynchronous.
+            ``seconds``: computing, waiting (for others), transferring (in calls that move arrays);
+            ``bytes``: sent, received; ``pushes``, ``pulls``, ``reads_retried``, ``reads_asked``;
+            ``staleness``: list; entry s counts changes of all replicas that were applied s versions
+            late, the last one that many or more. Empty unless asynchronous.
         """
-        return {"role": "replica", "number": self.replica, **self.tally.about(),
-                "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0}
-
-    def reports(self) -> list[dict[str, Any]] | None:
-        """The reports of all ranks, servers first, on the chief; None elsewhere."""
-        return [self.report()]
+        return {
+            "seconds": {"computing": self.clock() - self._started, "waiting": 0.0, "transferring": 0.0},
+            "bytes": {"sent": 0, "received": 0},
+            "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0, "staleness": [],
+        }
 
     def close(self) -> None:
         """End of the run. Nothing may be asked afterwards but ``report``."""

@@ -13,7 +13,7 @@ from gpudbn.errors import UserError
 
 @dataclass(frozen=True)
 class Hop:
-    """A transfer takes ``latency`` seconds and as long as its bytes take at ``bandwidth`` bytes a second."""
+    """What takes ``latency`` seconds, and as long as its bytes take at ``bandwidth`` bytes a second."""
 
     latency: float
     bandwidth: float
@@ -58,9 +58,9 @@ class Costs:
         Messages within a node.
     network : Hop
         Both, between nodes.
-    apply, publish, exchange : float
-        Seconds a byte of parameters of what a server does for a change, of what it does to publish, and of a
-        replica's passes over its own memory in an exchange.
+    apply, publish, exchange : Hop
+        What a server does for a change, what it does to publish, and a replica's passes over its own memory in an
+        exchange; bytes are those of the parameters.
     node : int
         Ranks of a node, in order; 0: all are on one.
     cores : int
@@ -79,9 +79,9 @@ class Costs:
     copy: Hop = Hop(1e-6, 10e9)
     message: Hop = Hop(3e-6, 5e9)
     network: Hop = Hop(20e-6, 1e9)
-    apply: float = 0.3e-9
-    publish: float = 0.1e-9
-    exchange: float = 0.5e-9
+    apply: Hop = Hop(50e-6, 3e9)
+    publish: Hop = Hop(20e-6, 10e9)
+    exchange: Hop = Hop(50e-6, 2e9)
     node: int = 0
     cores: int = 0
     crowding: float = 0.0
@@ -108,8 +108,8 @@ class Costs:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def read(cls, path: Path | str) -> Costs:
-        """From a TOML file; what it does not name has its default.
+    def read(cls, path: Path | str) -> tuple[Costs, tuple[str, ...]]:
+        """From a TOML file, and the names that are in it: the others have their defaults.
 
         Raises
         ------
@@ -133,7 +133,7 @@ class Costs:
                     given[name] = tuple(map(_number, value))
                 else:
                     given[name] = _number(value)
-            return cls(**given)
+            return cls(**given), tuple(given)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: must hold costs as gpudbn.mpi.costs.Costs has them; got: {error}") from None
 

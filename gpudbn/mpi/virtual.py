@@ -115,6 +115,7 @@ class Comm:
         self.machine, self.group, self.me = machine, group, me
         self.rank = group.ranks.index(me)
         self.met = 0
+        self.free = False
 
     def Get_rank(self) -> int:
         return self.rank
@@ -123,7 +124,12 @@ class Comm:
         return len(self.group.ranks)
 
     def Free(self) -> None:
-        """Nothing to free."""
+        self.free = True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (other is Library.COMM_NULL and self.free)
+
+    __hash__ = object.__hash__
 
     def Abort(self, code: int) -> None:
         raise SystemExit(code)
@@ -277,8 +283,9 @@ def collective(what: str, ranks: Sequence[Rank], nbytes: int, costs: Costs) -> f
     if what == "broadcast":
         return min(tree * hop.seconds(nbytes), (tree + count - 1) * hop.latency + bytes_in_turn)
     if what == "allreduce":
-        return min(tree * (hop.seconds(nbytes) + nbytes * costs.apply),
-                   2 * (count - 1) * hop.latency + bytes_in_turn + (count - 1) / count * nbytes * costs.apply)
+        adding = nbytes / costs.apply.bandwidth
+        return min(tree * (hop.seconds(nbytes) + adding),
+                   2 * (count - 1) * hop.latency + bytes_in_turn + (count - 1) / count * adding)
     if what == "allgather":
         return (count - 1) * hop.seconds(nbytes)
     return tree * hop.latency
@@ -395,7 +402,7 @@ class VirtualWire(Wire):
         return Pause(self.machine, self.comm.me, longest)
 
     def worked(self, what: str, nbytes: int) -> None:
-        self.machine.work(self.comm.me, getattr(self.machine.costs, what) * nbytes)
+        self.machine.work(self.comm.me, getattr(self.machine.costs, what).seconds(nbytes))
 
     def compute(self, seconds: float) -> None:
         """Own work that takes so long on a core of its own."""
