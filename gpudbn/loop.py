@@ -466,11 +466,12 @@ class Training:
         blocks = [(i, rows, np.arange(lo, min(lo + MEASURED, count)))
                   for i, (rows, count) in enumerate(sets) for lo in range(0, count, MEASURED)]
         sums = self.dbn.xp.zeros((len(blocks), len(phase.measures)))
-        for number, (_, rows, positions) in enumerate(blocks):
-            if number % self.exchange.replicas == self.exchange.replica:
-                for i, value in enumerate(phase.measure(rows, positions)):
-                    sums[number, i] = value
-        table = self.exchange.total(to_cpu(sums))
+        with self.exchange.tally.timing("measuring"):
+            for number, (_, rows, positions) in enumerate(blocks):
+                if number % self.exchange.replicas == self.exchange.replica:
+                    for i, value in enumerate(phase.measure(rows, positions)):
+                        sums[number, i] = value
+            table = self.exchange.total(to_cpu(sums))
         means = []
         for i, (_, count) in enumerate(sets):
             total = np.zeros(len(phase.measures))

@@ -1,4 +1,4 @@
-"""Pictures of a run: filters, samples, reconstructions, learning curves and confusions, as PNG files.
+"""Pictures of a run: filters, samples, reconstructions, learning curves, confusions, and its ranks, as PNG files.
 
 Matplotlib is imported by the functions that draw, never by ``import gpudbn``. Figures are made
 without pyplot, so no window opens, no global state changes, and threads may draw; files appear
@@ -19,6 +19,7 @@ import numpy as np
 
 from gpudbn.arrays import Array, to_cpu
 from gpudbn.checkpoint import write_atomically
+from gpudbn.mpi.tally import STATES
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
 INK, PALE = "#222222", "#8A8A8A"
@@ -26,6 +27,12 @@ DPI = 160
 MOST = 100  # tiles in a mosaic
 PAIRS = 30  # of data and reconstruction
 WIDTH, ZOOM = 900, 10  # pixels a mosaic may take, and a pixel of it
+
+ACROSS = 900  # pixels of a timeline
+ZOOMED = 40  # changes of state that its closest look shows of a rank
+# What a rank is at, from below where a pixel holds several; green, sky, purple and orange are Wong's, too.
+_STATES = {"computing": BLUE, "applying": "#009E73", "measuring": "#56B4E9", "saving": "#CC79A7",
+           "transferring": "#E69F00", "starting": "#BBBBBB", "waiting": "#E6E6E6"}
 
 _drawing = threading.Lock()  # Matplotlib's font and text caches are shared between figures
 
@@ -281,6 +288,173 @@ def confusion(path: Path | str, labels: Array, predicted: Array, classes: int | 
         axes.grid(which="minor", color="#E4E4E4" if K <= 50 else "none", linewidth=0.8)
         axes.tick_params(which="minor", length=0)
         _save(figure, path)
+
+
+def timeline(path: Path | str, reports: Sequence[Mapping[str, Any]], title: str = "What each rank did") -> None:
+    """The whole run, its first seconds, and a moment at the end of these, a line for each rank.
+
+    Parameters
+    ----------
+    path : path
+        Of the PNG file; its folder must exist.
+    reports : sequence of mappings
+        Of all ranks, as from ``Exchange.reports``: ``role``, ``number``, ``host``, ``seconds``, ``timeline``.
+    title : str
+    """
+    lines = [report["timeline"] for report in reports]
+    zero = min(line["start"] for line in lines)
+    whole = max(line["start"] + line["end"] for line in lines) - zero
+    told = min(line["start"] + line["until"] for line in lines) - zero  # by all, one by one
+    moment = float(np.median([_moment(line, told + zero) for line in lines])) - zero
+    looks = [("the whole run", 0.0, whole, False), ("the first seconds", 0.0, told, True),
+             ("a moment", moment, told, True)]
+    if told > whole / 2:
+        looks = [("the whole run", 0.0, whole, told > 0.99 * whole), looks[2]]
+    pitch = min(max(480 // len(lines), 7), 30)
+    names = _rank_names(reports)
+    left, right = 60 + 11 * max(map(len, names)), 120
+    top, height, gap = 164, pitch * len(lines), 110
+    with _drawing:
+        figure = _figure(left + ACROSS + right, top + len(looks) * (height + gap) - gap + 80)
+        _head(figure, 24, title, f"{len(lines)} ranks; time by the clock of rank 0, in seconds since the first began")
+        _state_legend(figure, [name for name in _STATES if any(report["seconds"][name] for report in reports)], left)
+        for at, (what, start, end, exact) in enumerate(looks):
+            axes = _put(figure, left, top + at * (height + gap), ACROSS, height)
+            edges = np.linspace(start, end, ACROSS + 1) + zero
+            picture = np.concatenate([_stripe(_shares(line, edges, exact), pitch) for line in lines])
+            axes.imshow(picture, extent=(start, end, len(lines), 0), aspect="auto", interpolation="nearest")
+            axes.set_title(f"{what}: {_seconds(end - start)}", loc="left", color=INK, fontsize=9, pad=8)
+            every = math.ceil(11 / pitch)
+            axes.set_yticks(np.arange(0, len(lines), every) + 0.5, names[::every], fontsize=8 if pitch > 14 else 6)
+            axes.ticklabel_format(axis="x", useOffset=False)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.tick_params(length=0, colors=INK)
+            axes.spines[:].set_visible(False)
+            if at + 1 < len(looks):
+                axes.plot(looks[at + 1][1:3], (0, 0), color=INK, linewidth=2.5, solid_capstyle="butt", clip_on=False)
+            else:
+                axes.set_xlabel("seconds", color=INK, fontsize=9)
+            if at == 0 and pitch > 10:
+                _waits(axes, reports)
+        _save(figure, path)
+
+
+def staleness(path: Path | str, reports: Sequence[Mapping[str, Any]], title: str = "Staleness") -> None:
+    """How many versions late changes were applied, and how many came from each replica.
+
+    Parameters
+    ----------
+    path : path
+        Of the PNG file; its folder must exist.
+    reports : sequence of mappings
+        Of all ranks, as from ``Exchange.reports``; those of servers have ``staleness``, a histogram whose last entry
+        counts all that are staler, and ``applied``, the changes of each replica.
+    title : str
+    """
+    servers = [report for report in reports if "staleness" in report]
+    counts = np.sum([report["staleness"] for report in servers], axis=0)
+    applied = np.asarray(servers[0]["applied"])
+    total = max(int(counts.sum()), 1)
+    last = int(np.flatnonzero(counts).max(initial=0))
+    more = last == len(counts) - 1
+    mean = float(counts @ np.arange(len(counts))) / total
+    replicas = len(applied)
+    pitch = min(max(320 // replicas, 7), 30)
+    height = max(320, pitch * replicas)
+    note = (f"{int(applied.sum()):,} changes from {replicas} replicas; mean staleness {'at least ' if more else ''}"
+            f"{mean:.2f}, {100 * counts[0] / total:.3g} % not stale at all")
+    with _drawing:
+        figure = _figure(max(90 + 520 + 130 + 360 + 90, _reach(24, title, note)), 130 + height + 80)
+        _head(figure, 24, title, note)
+        axes = _put(figure, 90, 130, 520, height)
+        axes.bar(np.arange(last + 1), 100 * counts[: last + 1] / total, color=BLUE, width=0.85)
+        axes.set_title("share of all changes (%)", loc="left", color=PALE, fontsize=8.5, pad=5)
+        axes.set_xlabel("changes of others that it did not know of", color=INK, fontsize=9)
+        ticks = range(last, -1, -math.ceil((last + 1) / 12))
+        axes.set_xticks(ticks, [f"{i}+" if more and i == last else str(i) for i in ticks])
+        beside = _put(figure, 90 + 520 + 130, 130, 360, pitch * replicas)
+        beside.barh(np.arange(replicas), applied, color=BLUE, height=0.8)
+        beside.invert_yaxis()
+        beside.set_title("changes of each replica", loc="left", color=PALE, fontsize=8.5, pad=5)
+        every = math.ceil(11 / pitch)
+        beside.set_yticks(np.arange(0, replicas, every), [f"replica {i}" for i in range(0, replicas, every)])
+        beside.xaxis.set_major_locator(_few_whole(4))
+        for one in (axes, beside):
+            one.tick_params(labelsize=8 if one is axes or pitch > 14 else 6, length=0, colors=INK)
+            one.grid(axis="y" if one is axes else "x", color="#E8E8E8", linewidth=0.8)
+            one.set_axisbelow(True)
+            one.spines[:].set_visible(False)
+        _save(figure, path)
+
+
+def _few_whole(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count, integer=True)
+
+
+def _rank_names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Role and number of each rank, and its host if there are several."""
+    several = len({report["host"] for report in reports}) > 1
+    return [f"{report['role']} {report['number']}" + (f" on {str(report['host']).split('.')[0]}" if several else "")
+            for report in reports]
+
+
+def _moment(line: Mapping[str, Any], end: float) -> float:
+    """When the last changes of state before the end began, so many that one can tell them apart."""
+    times = np.asarray(line["times"]) + line["start"]
+    before = times[times < end - 1e-6]
+    return float(before[-min(len(before), ZOOMED)]) if len(before) else end - 1e-3
+
+
+def _shares(line: Mapping[str, Any], edges: np.ndarray, exact: bool) -> np.ndarray:
+    """How much of the time between neighbouring edges a rank was in each state: array (states, columns)."""
+    bins, states = np.asarray(line["bins"]), np.asarray(line["states"])
+    if exact:
+        times = np.append(line["times"], line["until"])
+        spent = np.diff(times) * (states == np.arange(len(bins))[:, None])
+    else:
+        times = np.minimum(line["width"] * np.arange(bins.shape[1] + 1), max(line["end"], 1e-9))
+        spent = bins
+    until = np.cumsum(np.insert(spent, 0, 0, axis=1), axis=1)
+    return np.stack([np.diff(np.interp(edges - line["start"], times, one)) for one in until]) / np.diff(edges)
+
+
+def _stripe(shares: np.ndarray, pitch: int) -> np.ndarray:
+    """A rank's line: an image (pitch, columns, 3) in which each column is filled from below; white is unknown."""
+    from matplotlib.colors import to_rgb
+
+    order = [STATES.index(name) for name in _STATES]
+    colours = np.array([*(to_rgb(colour) for colour in _STATES.values()), (1, 1, 1)])
+    filled = pitch - (4 if pitch > 14 else 1)
+    levels = (np.arange(filled)[::-1] + 0.5) / filled
+    which = (levels[:, None, None] > np.cumsum(shares[order], axis=0)).sum(axis=1)
+    return np.concatenate([colours[which], np.ones((pitch - filled, shares.shape[1], 3))])
+
+
+def _seconds(length: float) -> str:
+    """A length of time in words."""
+    return f"{length:.3g} s" if length >= 1 else f"{1e3 * length:.3g} ms"
+
+
+def _state_legend(figure: Any, names: Sequence[str], left: float) -> None:
+    """Which colour is what, in one line below the head."""
+    from matplotlib.patches import Patch
+
+    across, down = figure.get_size_inches() * DPI
+    patches = [Patch(facecolor=_STATES[name]) for name in names]
+    figure.legend(patches, names, ncols=len(names), frameon=False, fontsize=8, labelcolor=INK, loc="upper left",
+                  bbox_to_anchor=((left - 10) / across, 1 - 90 / down), handlelength=1, handleheight=1,
+                  borderpad=0, borderaxespad=0, columnspacing=1.4)
+
+
+def _waits(axes: Any, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Beside each rank its share of waiting, since it began."""
+    for number, report in enumerate(reports):
+        seconds = report["seconds"]
+        share = seconds["waiting"] / max(sum(seconds.values()) - seconds["starting"], 1e-9)
+        axes.annotate(f"waits {100 * share:.0f} %", (1, number + 0.5), xycoords=("axes fraction", "data"),
+                      xytext=(6, 0), textcoords="offset points", va="center", color=PALE, fontsize=8)
 
 
 def _rows(array: Array) -> np.ndarray:

@@ -28,6 +28,7 @@ POSITIVE: Rule = (lambda x: 0 < x < float("inf"), "be above 0")
 BETWEEN: Rule = (lambda x: 0 < x < 1, "lie between 0 and 1")
 BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
 SERVER_RULES = ("sgd", "momentum", "adagrad")
+PUSH = ("dense", "float16", "bfloat16")
 STALENESS = ("count", "divide", "compensate")
 BATCH_OPTIMISERS = ("lbfgs", "cg")
 LARGE_BATCH = 1000  # rows, of a batch optimiser: Hinton & Salakhutdinov (2006)
@@ -184,6 +185,8 @@ class Settings:
                                    metavar="MU")
     elasticity: float = option(0.9, "local: share of the way from the centre to the mean that --outer elastic moves it",
                                group="distribution", rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="BETA")
+    push: str = option("dense", "async: how changes travel: dense (float32), or in 16 bits as float16 or bfloat16; "
+                       "what is rounded away is added to the next", group="distribution", choices=PUSH)
     server_rule: str = option("sgd", "async: what a server does with a change: sgd adds --server-rate times it, "
                               "momentum takes that for the step of momentum, adagrad the change for a gradient. The "
                               "latter two want plain steps at the replicas: no momentum, and --optimiser sgd",
@@ -232,8 +235,11 @@ class Settings:
         """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""
         steps = (f"--server-rule {self.server_rule}" if self.server_rule != "sgd" else
                  f"--staleness {self.staleness}" if self.staleness == "compensate" else None)
-        if steps and self.mode != "async":
-            raise UserError(f"--mode: must be async with {steps}, which is the servers' to do; got {self.mode}")
+        for name in ("server_rule", "staleness", "push"):
+            value = getattr(self, name)
+            if self.mode != "async" and value != FIELDS[name].default:
+                raise UserError(f"--mode: must be async with {flag(name)} {value}, since others have no servers; "
+                                f"got {self.mode}")
         self._follow("momentum", (0.5, 0.9), 0.0, steps)
         self._follow("optimiser", "adam", "sgd", steps)
         self._follow("finetune_momentum", 0.9, 0.0, steps)

@@ -15,6 +15,7 @@ from gpudbn.settings import AT_LEAST_1, Settings, command_line, parse, reader, s
 
 if TYPE_CHECKING:
     from gpudbn.mpi.costs import Costs
+    from gpudbn.runs import Run
 
 DESCRIPTION = """\
 What training would do on a cluster that is not there: the real servers and replicas, real gradients, real data, in one
@@ -86,14 +87,30 @@ def run(settings: Settings, replicas: int, costs: str | None, out: str | None) -
     result = simulate(settings, data, replicas=replicas, costs=used, labelled=labelled, record=record)
     assert result.dbn is not None
     folder.save_model(result.dbn.arrays(), result.dbn.about_file())
-    folder.record(phase="report", **result.replicas[0], replicas=result.replicas, servers=result.servers)
+    ranks = [*result.servers, *result.replicas]
+    folder.record(phase="report", ranks=[{k: v for k, v in r.items() if k != "timeline"} for r in ranks])
+    if settings.plots == "on":
+        _draw(folder, ranks)
     busy = [report["seconds"]["computing"] / sum(report["seconds"].values()) for report in result.replicas]
     print(f"replicas compute for {100 * min(busy):.0f} to {100 * max(busy):.0f} % of {result.seconds:.2f} virtual s"
-          + "".join(f"; server {i} is busy for {100 * server['seconds']['busy'] / result.seconds:.0f} %"
+          + "".join(f"; server {i} is busy for {100 * server['seconds']['applying'] / result.seconds:.0f} %"
                     for i, server in enumerate(result.servers)))
     print(f"everything is in {folder.path}: model.safetensors, metrics.jsonl, settings.toml, costs.toml "
           f"({time.perf_counter() - began:.1f} s to simulate)")
     return 0
+
+
+def _draw(folder: Run, ranks: list[dict[str, Any]]) -> None:
+    """Pictures of what the ranks did. Without Matplotlib none, and a line that says so."""
+    from gpudbn import plots
+
+    missing = plots.available()
+    if missing:
+        print(f"no pictures: {missing}", flush=True)
+        return
+    plots.timeline(folder.plot("timeline"), ranks)
+    if any("staleness" in report for report in ranks):
+        plots.staleness(folder.plot("staleness"), ranks)
 
 
 def _measured(settings: Settings, costs: Costs, known: tuple[str, ...]) -> Costs:

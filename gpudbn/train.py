@@ -153,11 +153,12 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         assert run is not None
         show.say(f"interrupted; everything is saved. Go on with: {show.launch} --resume {run.path}")
         return 130
+    reports = exchange.reports()
     if run is not None:
+        assert reports is not None
         run.save_model(dbn.arrays(), dbn.about_file())
-        record_report = {"phase": "report", **exchange.report()}
-        run.record(**record_report)
-        pictures = _draw(run, dbn, labelled or data, np) if settings.plots == "on" else []
+        run.record(phase="report", ranks=[{k: v for k, v in r.items() if k != "timeline"} for r in reports])
+        pictures = _draw(run, dbn, labelled or data, reports, np) if settings.plots == "on" else []
         show.ending(run, last, pictures)
     exchange.close()
     return 0
@@ -181,9 +182,10 @@ class _Saver:
         self.last = time.monotonic()
 
     def save(self) -> None:
-        state = self.training.state()
-        if self.run is not None and state is not None:
-            self.run.save_checkpoint(*state)
+        with self.exchange.tally.timing("saving"):
+            state = self.training.state()
+            if self.run is not None and state is not None:
+                self.run.save_checkpoint(*state)
         self.last = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -268,7 +270,7 @@ class _Show:
             self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
 
 
-def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
+def _draw(run: Run, dbn: DBN, data: DataSet, reports: list[dict[str, Any]], np: Any) -> list[str]:
     """The pictures of a run; their names. Without Matplotlib none, and a line that says so."""
     from gpudbn import plots
     from gpudbn.arrays import to_cpu
@@ -298,6 +300,12 @@ def _draw(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
         predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
         plots.confusion(run.plot("confusion"), rows.take_labels(np.arange(len(rows))), predicted, data.classes)
         names.append("confusion")
+    if len(reports) > 1:
+        plots.timeline(run.plot("timeline"), reports)
+        names.append("timeline")
+    if any("staleness" in report for report in reports):
+        plots.staleness(run.plot("staleness"), reports)
+        names.append("staleness")
     return names
 
 

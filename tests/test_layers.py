@@ -17,7 +17,7 @@ import gpudbn
 
 FLOORS = """
     errors draws scratch tracing mpi/launch
-    arrays exact paths precision settings mpi/costs
+    arrays exact paths precision settings mpi/costs mpi/tally
     parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     mpi/nccl

@@ -15,6 +15,8 @@ import pytest
 
 from gpudbn import plots
 from gpudbn.errors import UserError
+from gpudbn.mpi.tally import STATES, Tally
+from tests.helpers import assert_close, assert_notices
 
 rng = np.random.default_rng(11)
 W = rng.normal(size=(35, 13)).astype(np.float32)
@@ -227,6 +229,73 @@ def test_the_gap_of_the_free_energies_and_percent():
     _, _, panels = plots._lines(RECORDS[-3:])
     assert [panel[0] for panel in panels] == ["loss (nats)", "wrong labels (%)"]
     assert np.allclose(panels[1][1], [10, 5, 10 / 3])
+
+
+# The ranks
+
+
+def rank(role, number, life, host="a", start=7.0, **more):
+    """The report of a rank that was in these states for so many seconds."""
+    clock = [start]
+    tally = Tally(lambda: clock[0], life[0][0])
+    for state, seconds in life:
+        tally.enter(state)
+        clock[0] += seconds
+    return {"role": role, "number": number, **tally.about(), "host": host, **more}
+
+
+def ranks(count):
+    turns = 400
+    replicas = [rank("replica", i, [("starting", 0.5), *turns * [("computing", 0.01 + i / 1000), ("waiting", 0.002)]],
+                     host=f"node{i % 3}.here") for i in range(count)]
+    server = rank("server", 0, [("starting", 0.1), *turns * [("waiting", 0.01), ("applying", 0.001)]],
+                  applied=[turns + i for i in range(count)], staleness=[5, 40, 20, *[0] * 29])
+    return [server, *replicas]
+
+
+@pytest.mark.parametrize("count", [1, 6, 63])
+def test_pictures_of_few_and_many_ranks(tmp_path, count):
+    plots.timeline(tmp_path / "t.png", ranks(count))
+    plots.staleness(tmp_path / "s.png", ranks(count))
+    pixels(tmp_path / "t.png")
+    pixels(tmp_path / "s.png")
+
+
+def test_a_timeline_shows_who_did_what_when(tmp_path):
+    """Two ranks that change places in the middle of a run; the second one begins and ends two seconds later."""
+    def check():
+        plots.timeline(tmp_path / "t.png", [rank("replica", 0, [("computing", 4), ("waiting", 4)]),
+                                            rank("replica", 1, [("waiting", 4), ("computing", 4)], start=9.0)])
+        picture = pixels(tmp_path / "t.png")
+        height, left = 30, 60 + 11 * len("replica 0")
+        lines = [picture[164 + 13 + i * height, left : left + plots.ACROSS] for i in range(2)]
+        blue, grey = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in (
+            plots.BLUE, plots._STATES["waiting"]))
+        for line, at, colour in ((0, 0.2, blue), (0, 3.8, blue), (0, 4.2, grey), (0, 7.8, grey), (0, 8.2, None),
+                                 (1, 1.8, None), (1, 2.2, grey), (1, 5.8, grey), (1, 6.2, blue), (1, 9.8, blue)):
+            assert lines[line][int(at / 10 * plots.ACROSS)].tolist() == (colour or [255, 255, 255]), (line, at)
+
+    assert_notices(check, plots, 'edges - line["start"]', "edges - 7")
+
+
+def test_stretches_and_single_entries_show_the_same():
+    line = rank("replica", 0, 200 * [("computing", 0.013), ("waiting", 0.004), ("transferring", 0.003)])["timeline"]
+    edges = np.linspace(0.5, 3.5, 7) + 7.0
+    stretches, entries = plots._shares(line, edges, exact=False), plots._shares(line, edges, exact=True)
+    assert_close(stretches, entries, atol=0.02)
+    assert_close(stretches[:, 0], [0.65, 0, 0, 0, 0.15, 0.2, 0], atol=0.02)
+
+
+def test_a_column_of_a_timeline_is_filled_by_shares():
+    shares = np.zeros((len(STATES), 3))
+    shares[STATES.index("computing")], shares[STATES.index("waiting")] = [1, 0.75, 0], [0, 0.25, 0]
+    stripe = plots._stripe(shares, 8)
+    assert stripe.shape == (8, 3, 3)
+    assert len(np.unique(stripe[:7, 0], axis=0)) == 1
+    assert (stripe[7] == 1).all()
+    assert (stripe[:7, 2] == 1).all()
+    assert (stripe[:2, 1] == stripe[0, 1]).all()
+    assert (stripe[2:7, 1] == stripe[0, 0]).all()
 
 
 # Around the pictures

@@ -1,6 +1,7 @@
 """Replicas over MPI: all in step, or around a parameter server.
 
     launch.py      what the launcher said; before NumPy and MPI are loaded
+    tally.py       what a rank did when
     alone.py       what a training loop may ask of other replicas; the answers of one on its own
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
     nccl.py        sums and broadcasts between GPUs
@@ -39,7 +40,7 @@ MODES = ("sync", "async", "local")
 
 
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
-            outer: Callable[[Wire], Periodic] | None = None) -> Exchange | Server:
+            outer: Callable[[Wire], Periodic] | None = None, push: str = "dense") -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -57,6 +58,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode async: how many ranks serve, each a shard of the parameters.
     outer : callable, optional
         Mode local: makes the kind of replica that meets in this way; default: ``collective.Averaging``.
+    push : str
+        Mode async: how replicas pack their changes, see ``changes.Packing``.
 
     Returns
     -------
@@ -86,9 +89,10 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     from gpudbn.mpi.wire import Wire
 
     wire = Wire.start()
+    wire.align()
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    return join(wire, mode, size, rule, servers, outer)
+    return join(wire, mode, size, rule, servers, outer, push)
 
 
 def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
@@ -110,11 +114,12 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
 
     outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
              "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
-    return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer]}
+    return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer],
+            "push": settings.push}
 
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
-         outer: Callable[[Wire], Periodic] | None = None) -> Exchange | Server:
+         outer: Callable[[Wire], Periodic] | None = None, push: str = "dense") -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
@@ -132,7 +137,7 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
     links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
     mine = [link for link in links if link is not None]
     if wire.rank >= servers:
-        return Asynchronous(wire, replicas, mine, size, asking=isinstance(rule, Compensated))
+        return Asynchronous(wire, replicas, mine, size, asking=isinstance(rule, Compensated), push=push)
     part = cuts(size, servers)[wire.rank]
     return Server(wire, mine[0], part.stop - part.start, rule)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.errors import UserError
+from gpudbn.mpi.tally import Tally
 
 
 class Exchange:
@@ -32,6 +33,9 @@ class Exchange:
     shards_rows : bool
         Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
 
+    tally : Tally
+        What this replica does when: ``with exchange.tally.timing("measuring"): ...``
+
     Notes
     -----
     Every method but ``exchange`` and ``report`` is collective: all replicas call it, in the same order.
@@ -43,8 +47,9 @@ class Exchange:
     cuts_batches = False
     shards_rows = False
 
-    def __init__(self) -> None:
-        self._started = self.clock()
+    def __init__(self, tally: Tally | None = None) -> None:
+        self.tally = tally or Tally(self.clock)
+        self.tally.enter("computing")
 
     @property
     def chief(self) -> bool:
@@ -158,21 +163,20 @@ class Exchange:
             raise UserError(error)
 
     def report(self) -> dict[str, Any]:
-        """What this replica did so far: seconds, bytes, counts of pushes and pulls.
+        """What this replica did so far.
 
         Returns
         -------
         dict
-            ``seconds``: computing, waiting (for others), transferring (in calls that move arrays);
-            ``bytes``: sent, received; ``pushes``, ``pulls``, ``reads_retried``, ``reads_asked``;
-            ``staleness``: list; entry s counts changes of all replicas that were applied s versions
-            late, the last one that many or more. Empty unless asynchronous.
+            ``role``, ``number``, and what ``Tally.about`` tells; ``pushes``, ``pulls``, ``reads_retried``,
+            ``reads_asked``: 0 unless asynchronous.
         """
-        return {
-            "seconds": {"computing": self.clock() - self._started, "waiting": 0.0, "transferring": 0.0},
-            "bytes": {"sent": 0, "received": 0},
-            "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0, "staleness": [],
-        }
+        return {"role": "replica", "number": self.replica, **self.tally.about(),
+                "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0}
+
+    def reports(self) -> list[dict[str, Any]] | None:
+        """The reports of all ranks, servers first, on the chief; None elsewhere."""
+        return [self.report()]
 
     def close(self) -> None:
         """End of the run. Nothing may be asked afterwards but ``report``."""

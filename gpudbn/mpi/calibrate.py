@@ -189,20 +189,21 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
         exchange = join(wire.split(0), size=array.size, **chosen(settings, 2) | {"servers": 1, "mode": "async"})
         mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
-            mine[0] = exchange.serve()["seconds"]["busy"] / PUSHES
+            mine[0] = exchange.serve()["seconds"]["applying"] / PUSHES
         else:
             before = array.copy()
             exchange.begin(array)
-            own = []
+            tally.enter("starting")
+            spent = -tally.seconds()["computing"]
             for _ in range(PUSHES):
                 time.sleep(1e-3)  # the server is ready
                 array += np.float32(1e-3)
-                begun = time.perf_counter() - tally.waiting - tally.transferring
+                tally.enter("computing")
                 exchange.exchange(array, before)
-                own.append(time.perf_counter() - tally.waiting - tally.transferring - begun)
+                tally.enter("starting")
+            mine[0] = (spent + tally.seconds()["computing"]) / PUSHES
             exchange.meet(array)
             exchange.close()
-            mine[0] = statistics.median(own)
         busy, passes = wire.allgather(mine)[:, 0].tolist()
         points.setdefault("publish", []).append((array.nbytes, copying))
         points.setdefault("apply", []).append((array.nbytes, max(busy - copying, 0.0)))

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Together(Exchange):
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        super().__init__()
+        super().__init__(wire.tally)
         self.replica, self.replicas = wire.rank, wire.size
         self.local_replica = wire.local_rank()
         wire.label = f"replica {self.replica} of {self.replicas}"
@@ -60,14 +61,9 @@ class Together(Exchange):
     def agree(self, error: str | None) -> None:
         self.wire.agree(error)
 
-    def report(self) -> dict[str, Any]:
-        report = super().report()
-        tally = self.wire.tally
-        elapsed = self.clock() - self._started
-        report["seconds"] = {"computing": elapsed - tally.waiting - tally.transferring,
-                             "waiting": tally.waiting, "transferring": tally.transferring}
-        report["bytes"] = {"sent": tally.sent, "received": tally.received}
-        return report
+    def reports(self) -> list[dict[str, Any]] | None:
+        every = self.collect(np.frombuffer(json.dumps(self.report()).encode(), np.uint8))
+        return None if every is None else [json.loads(report.tobytes()) for report in every]
 
 
 class Peers(Together):

@@ -7,6 +7,7 @@ doubled or torn. ``Link`` is the traffic with one server, which has a shard of t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from gpudbn.arrays import Array, module_of
 from gpudbn.mpi import changes
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import BEGIN, FAIL, FINISH, Header, cuts
+from gpudbn.mpi.server import BEGIN, FAIL, FINISH, REPORT, Header, cuts
 from gpudbn.mpi.staged import ANSWER, CONTROL, ReplicaEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
@@ -32,12 +33,15 @@ class Link:
         Entries of the server's shard of the largest parameter vector of the run.
     asking : bool
         See ``staged.ReplicaEnd``.
+    push : str
+        See ``changes.Packing``.
     """
 
-    def __init__(self, wire: Wire, size: int, *, asking: bool = False) -> None:
+    def __init__(self, wire: Wire, size: int, *, asking: bool = False, push: str = "dense") -> None:
         self.wire, self.replica = wire, wire.rank - 1
         self.header = Header(wire.size - 1)  # as of the last pull
         self.end = ReplicaEnd(wire, size, self.header.words.size, asking=asking)
+        self.packing = changes.Packing(push)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
 
     def begin(self, shard: Array) -> None:
@@ -51,9 +55,15 @@ class Link:
         """A control message without a size."""
         self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
 
+    def report(self) -> dict[str, Any]:
+        """What the server did so far: see ``Server.report``. For one replica to ask."""
+        self.tell(REPORT)
+        report: dict[str, Any] = json.loads(self.wire.recv_text(0))
+        return report
+
     def push(self, change: Array) -> None:
-        """Give a change to the server."""
-        self.end.push(*changes.encode(change, base=self.base))
+        """Give a change to the server; it becomes what that will make of it."""
+        self.end.push(*self.packing.encode(change, base=self.base))
 
     def pull(self, shard: Array) -> None:
         """The latest parameters, and the header that belongs to them."""
@@ -86,17 +96,19 @@ class Asynchronous(Together):
         Entries of the largest parameter vector of the run, as told to the servers.
     asking : bool
         See ``staged.ReplicaEnd``.
+    push : str
+        See ``changes.Packing``.
     """
 
     shards_rows = True
 
     def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, *,
-                 asking: bool = False) -> None:
+                 asking: bool = False, push: str = "dense") -> None:
         super().__init__(replicas)
         self.world = world
         world.label = self.wire.label
         self._size = size
-        self.links = [Link(wire, part.stop - part.start, asking=asking)
+        self.links = [Link(wire, part.stop - part.start, asking=asking, push=push)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0
@@ -108,6 +120,8 @@ class Asynchronous(Together):
         self._drain()
         self.wire.barrier()
         self._cuts = cuts(parameters.size, len(self.links))
+        for link in self.links:
+            link.packing.begin()
         if self.chief:
             for link, part in zip(self.links, self._cuts, strict=True):
                 link.begin(parameters[part])
@@ -144,8 +158,11 @@ class Asynchronous(Together):
         return super().report() | {
             "pushes": self.links[0].end.sequence, "pulls": self._pulls,
             "reads_retried": sum(link.end.retried for link in self.links),
-            "reads_asked": sum(link.end.asked for link in self.links),
-            "staleness": np.sum([link.header.staleness for link in self.links], axis=0).tolist()}
+            "reads_asked": sum(link.end.asked for link in self.links)}
+
+    def reports(self) -> list[dict[str, Any]] | None:
+        replicas = super().reports()
+        return None if replicas is None else [*(link.report() for link in self.links), *replicas]
 
     def close(self) -> None:
         self._drain()

@@ -8,6 +8,7 @@ business of ``staged.py``, and how a change is packed that of ``changes.py``.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,10 @@ from gpudbn.mpi.staged import ANSWER, ASK, CONTROL, ServerEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
 
-BEGIN, FINISH, FAIL = 1, 2, 3  # first word of a control message; the second is a size
+BEGIN, FINISH, FAIL, REPORT = 1, 2, 3, 4  # first word of a control message; the second is a size
 LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
 LINE = 16  # float32 of a cache line
-STALENESS = 32  # entries of the histogram; the last counts all that are staler
+STALENESS = 32  # entries of the histogram, and two for each replica; the last counts all that are staler
 
 
 def cuts(size: int, servers: int) -> list[slice]:
@@ -40,12 +41,12 @@ class Header:
         How many changes were applied.
     applied : array (replicas,)
         The sequence number of the last change of each replica that was.
-    staleness : array (STALENESS,)
+    staleness : array (STALENESS + 2 replicas,)
         Histogram: entry s counts changes that were applied s versions late, the last one that many or more.
     """
 
     def __init__(self, replicas: int) -> None:
-        self.words = np.zeros(1 + replicas + STALENESS, np.int64)
+        self.words = np.zeros(1 + replicas + STALENESS + 2 * replicas, np.int64)
         self.version, self.applied, self.staleness = np.split(self.words, [1, 1 + replicas])
 
 
@@ -87,37 +88,52 @@ class Server:
         Returns
         -------
         dict
-            ``applied`` (changes of each replica), ``version``, ``staleness`` (histogram), ``asked`` (reads by
-            message), ``seconds``: busy, idle.
+            See ``report``.
 
         Raises
         ------
         UserError
             If the replicas agreed on an error.
         """
-        started, busy = self.wire.clock(), 0.0
+        self.wire.tally.enter("waiting")
         pause = self.wire.pause(LONGEST_PAUSE)
         while True:
-            start = self.wire.clock()
             message = self.wire.incoming()  # also the call by which MPI makes progress for the replicas
             if message and self._answer(*message):
                 break
             if self._take() or message:
-                busy += self.wire.clock() - start
                 pause.reset()
             else:
                 pause()
+        report = self.report()
         self.world.close()
+        return report
+
+    def report(self) -> dict[str, Any]:
+        """What this server did so far.
+
+        Returns
+        -------
+        dict
+            ``role``, ``number``, and what ``Tally.about`` tells; ``applied`` (changes of each replica), ``version``,
+            ``staleness`` (histogram), ``asked`` (reads by message).
+        """
         header = self._header
-        return {"applied": header.applied.tolist(), "version": int(header.version[0]),
-                "staleness": header.staleness.tolist(), "asked": self._asked,
-                "seconds": {"busy": busy, "idle": self.wire.clock() - started - busy}}
+        return {"role": "server", "number": self.world.rank, **self.wire.tally.about(),
+                "applied": header.applied.tolist(), "version": int(header.version[0]),
+                "staleness": header.staleness.tolist(), "asked": self._asked}
 
     def _take(self) -> bool:
         """Apply what lies in the mailboxes, then publish once. Whether there was anything."""
         full = self._end.full()
         if not full:
             return False
+        with self.wire.tally.timing("applying"):
+            self._apply(full)
+            self._publish()
+        return True
+
+    def _apply(self, full: list[int]) -> None:
         order = sorted(full, key=lambda replica: (replica - self._first) % self.replicas)
         self._first = order[0] + 1  # of several that are full at once, another goes first next time
         header = self._header
@@ -131,9 +147,7 @@ class Server:
             self._end.taken(replica)
             header.version += 1
             header.applied[replica] += 1
-            header.staleness[min(staleness, STALENESS - 1)] += 1
-        self._publish()
-        return True
+            header.staleness[min(staleness, header.staleness.size - 1)] += 1
 
     def _publish(self) -> None:
         self._end.publish(self._header.words, self._parameters)
@@ -158,6 +172,8 @@ class Server:
                 self.rule.begin(self._parameters, self.replicas)
             self._publish()
             self.wire.send(message, source, ANSWER)
+        elif kind == REPORT:
+            self.wire.send_text(json.dumps(self.report()), source)
         elif kind == FAIL:
             raise AgreedError(self.wire.recv_text(source))
         return kind == FINISH

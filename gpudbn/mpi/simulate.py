@@ -43,8 +43,8 @@ class Simulation:
     ----------
     records : list of dict
         As ``Training.run`` yields them on replica 0.
-    replicas, servers : list of dict
-        What each reported at its end: ``Exchange.report``, ``Server.serve``.
+    servers, replicas : list of dict
+        What each reported at its end: see ``Server.report``, ``Exchange.report``. Their hosts are nodes.
     dbn : DBN
         That of replica 0.
     seconds : float
@@ -52,8 +52,8 @@ class Simulation:
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    replicas: list[dict[str, Any]] = field(default_factory=list)
     servers: list[dict[str, Any]] = field(default_factory=list)
+    replicas: list[dict[str, Any]] = field(default_factory=list)
     dbn: DBN | None = None
     seconds: float = 0.0
 
@@ -86,7 +86,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     def rank(wire: VirtualWire) -> dict[str, Any]:
         exchange = join(wire, size=size, **chosen(settings, wire.size)) if wire.size > 1 else _Alone(wire)
         if isinstance(exchange, Server):
-            return exchange.serve()
+            return exchange.serve() | wire.place
         dbn = DBN([data.train.n, *settings.layers], np)
         for item in _Timed(dbn, data, settings, exchange, labelled, wire).run():
             if exchange.chief:
@@ -97,7 +97,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
             found.dbn = dbn
         report = exchange.report()
         exchange.close()
-        return report
+        return report | wire.place
 
     reports = run(machine, rank)
     found.servers, found.replicas, found.seconds = reports[:servers], reports[servers:], machine.now
@@ -109,7 +109,7 @@ class _Alone(Alone):
 
     def __init__(self, wire: VirtualWire) -> None:
         self.wire = wire
-        super().__init__()
+        super().__init__(wire.tally)
 
     def clock(self) -> float:
         return self.wire.clock()

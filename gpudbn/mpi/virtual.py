@@ -409,8 +409,13 @@ class VirtualWire(Wire):
         self.machine.work(self.comm.me, seconds)
 
     @property
+    def place(self) -> dict[str, object]:
+        """In the place of host and process, in reports."""
+        return {"host": f"node {self.machine.nodes.index(self.comm.me.node)}", "pid": self.comm.me.number}
+
+    @property
     def where(self) -> str:
-        return f"{self.label} on node {self.machine.nodes.index(self.comm.me.node)}"
+        return f"{self.label} on {self.place['host']}"
 
 
 def run(machine: Machine, program: Callable[[VirtualWire], Any]) -> list[Any]:

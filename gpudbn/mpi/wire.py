@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from gpudbn.arrays import Array, is_gpu, module_of
 from gpudbn.errors import NonFiniteError, UserError
 from gpudbn.mpi import launch
+from gpudbn.mpi.tally import Tally
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
 GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
@@ -64,31 +64,6 @@ class Backoff:
     def reset(self) -> None:
         """Something happened: be quick again."""
         self.count = 0
-
-
-@dataclass
-class Tally:
-    """Seconds, by this clock, and bytes of one process on the wire."""
-
-    clock: Callable[[], float] = time.perf_counter
-    waiting: float = 0.0
-    transferring: float = 0.0
-    sent: int = 0
-    received: int = 0
-    _inside: bool = False
-
-    @contextlib.contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Add the time of the block to ``waiting`` or ``transferring``; blocks within it do not count again."""
-        if self._inside:
-            yield
-            return
-        self._inside, start = True, self.clock()
-        try:
-            yield
-        finally:
-            self._inside = False
-            setattr(self, what, getattr(self, what) + self.clock() - start)
 
 
 class Staging:
@@ -154,7 +129,7 @@ class Wire:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.label = f"rank {self.rank} of {self.size}"
-        self.tally: Tally = parent.tally if parent else Tally(self.clock)
+        self.tally: Tally = parent.tally if parent else Tally(self.clock, "starting")
         self.staging: Staging = parent.staging if parent else Staging()
         self._owned: list[Wire | Window] = []  # to be freed before this one
         if parent:
@@ -298,6 +273,26 @@ class Wire:
         """The texts of all ranks, in order, on rank 0; None elsewhere."""
         texts = self.allgather_text(text)
         return texts if self.rank == 0 else None
+
+    def align(self, rounds: int = 5) -> None:
+        """Estimate how far the clock of rank 0 is ahead of mine, for ``tally.offset``; collective.
+
+        Its answer is taken to be from the middle between question and answer, of the quickest of some rounds
+        (Cristian, "Probabilistic clock synchronization", 1989): off by at most half of what that round took.
+        """
+        answer, best = np.zeros(1), np.inf
+        for rank in range(1, self.size):
+            for _ in range(rounds):
+                if self.rank == 0:
+                    self.recv(answer, rank)
+                    self.send(np.array([self.clock()]), rank)
+                elif self.rank == rank:
+                    asked = self.clock()
+                    self.send(answer, 0)
+                    self.recv(answer, 0)
+                    took = self.clock() - asked
+                    if took < best:
+                        best, self.tally.offset = took, float(answer[0]) - asked - took / 2
 
     def agree(self, error: str | None) -> None:
         """Raise on every rank if one of them has an error; where it is not everyone's, it says whose.

@@ -86,14 +86,14 @@ class FakeWire:
 class Job:
     """A server and its replicas. ``lazy``: the server takes changes only when the test says so."""
 
-    def __init__(self, monkeypatch, replicas, size, rule=None):
+    def __init__(self, monkeypatch, replicas, size, rule=None, push="dense"):
         monkeypatch.setattr(staged, "Window", FakeWindow)
         self.ranks = replicas + 1
         self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
         self.states = None
         self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
         self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size,
-                                      asking=isinstance(rule, Compensated))
+                                      asking=isinstance(rule, Compensated), push=push)
                          for rank in range(1, self.ranks)]
 
     def answer(self):

@@ -143,7 +143,14 @@ def test_where_servers_make_the_steps_those_of_replicas_are_plain():
         s = Settings(**other)
         assert (s.momentum, s.optimiser, s.finetune_momentum) == ((0.0,), "sgd", 0)
         assert Settings(**other, momentum=(0, 0)).momentum == (0, 0)
-        for contrary in ({"momentum": (0, 0.9)}, {"optimiser": "adam"}, {"finetune_momentum": 0.5}, {"mode": "sync"}):
+        for contrary in ({"momentum": (0, 0.9)}, {"optimiser": "adam"}, {"finetune_momentum": 0.5}):
             with pytest.raises(UserError, match=r"must be .* with --.*; got") as error:
                 Settings(**other, **contrary)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"server_rule": "momentum"}, {"staleness": "divide"}, {"push": "float16"}])
+def test_what_servers_do_is_refused_where_there_are_none(other):
+    for mode in ("sync", "local"):
+        with pytest.raises(UserError, match=f"^--mode: must be async with --.*; got {mode}$"):
+            Settings(mode=mode, **other)

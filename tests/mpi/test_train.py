@@ -96,7 +96,7 @@ def test_replicas_that_meet_now_and_then_learn_the_digits(outer, tmp_path):
                  "--finetune-learning-rate", 0.01, "--finetune-epochs", 20, "--plots", "off", "--out", tmp_path / "run")
     assert f"3 replicas that meet every 10 updates ({outer})" in said
     assert error_of(tmp_path / "run") < 0.1
-    assert records(tmp_path / "run")[-1]["meetings"] == (2 * 20 + 20) * 2, "of 20 updates each"
+    assert records(tmp_path / "run")[-1]["ranks"][0]["meetings"] == (2 * 20 + 20) * 2, "of 20 updates each"
 
 
 def test_replicas_that_meet_now_and_then_go_on_with_the_bits_of_a_run_that_never_stopped(tmp_path):
@@ -116,7 +116,7 @@ def test_replicas_that_meet_now_and_then_go_on_with_the_bits_of_a_run_that_never
 def asynchronous(tmp_path_factory):
     """A run of a server and two replicas with the defaults."""
     out = tmp_path_factory.mktemp("async") / "run"
-    return out, train(3, "--out", out, "--plots", "off", "--finetune-epochs", 30)
+    return out, train(3, "--out", out, "--finetune-epochs", 30)
 
 
 def test_a_server_and_two_replicas_learn_the_digits(asynchronous):
@@ -134,11 +134,22 @@ def test_two_servers_and_two_replicas_learn_the_digits(tmp_path):
 
 def test_an_asynchronous_run_tells_what_it_did(asynchronous):
     out, _ = asynchronous
-    report = next(r for r in records(out) if r["phase"] == "report")
-    assert report["pushes"] > 100
-    assert report["pulls"] >= report["pushes"]
-    assert sum(report["staleness"]) >= 2 * report["pushes"] - 1
-    assert report["bytes"]["sent"] > 0
+    server, *replicas = next(r for r in records(out) if r["phase"] == "report")["ranks"]
+    assert [(rank["role"], rank["number"]) for rank in (server, *replicas)] == [
+        ("server", 0), ("replica", 0), ("replica", 1)]
+    assert len({rank["pid"] for rank in (server, *replicas)}) == 3
+    pushes = [replica["pushes"] for replica in replicas]
+    assert min(pushes) > 100
+    assert server["applied"] == pushes
+    assert sum(server["staleness"]) == server["version"] == sum(pushes)
+    assert server["seconds"]["applying"] > 0
+    for replica in replicas:
+        assert replica["pulls"] >= replica["pushes"]
+        assert replica["bytes"]["sent"] > 0
+        seconds = replica["seconds"]
+        assert min(seconds[state] for state in ("computing", "measuring", "transferring", "waiting", "starting")) > 0
+        assert abs(sum(seconds.values()) - sum(server["seconds"].values())) < 1
+    assert {"timeline.png", "staleness.png"} <= {path.name for path in (out / "plots").iterdir()}
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -1,0 +1,107 @@
+"""Changes packed and unpacked: what is sent and what is kept make the change, and no more bytes than promised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpudbn.mpi import changes
+from gpudbn.mpi.changes import BYTES, Packing, decode
+from tests.helpers import assert_close, assert_notices
+from tests.mpi.test_protocol import Job
+
+SIXTEEN = ("float16", "bfloat16")
+STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit in the last place, of what is rounded
+
+
+def drawn(rng, size):
+    """A change whose entries are of all sizes, most far below the largest."""
+    return (rng.standard_normal(size) * 10.0 ** rng.uniform(-9, -2, size)).astype(np.float32)
+
+
+def check_feedback(push):
+    """Over many changes of varied scale: sent + kept = given, to the rounding of float32; each error is small."""
+    rng, size = np.random.default_rng(5), 103
+    packing, given, sent = Packing(push), np.zeros(size), np.zeros(size)
+    largest = np.zeros(size)
+    for number in range(50):
+        change = drawn(rng, size) * np.float32(2.0 ** (number % 7 * 5 - 20))
+        given += change
+        largest = np.maximum(largest, np.abs(change))
+        local = change.copy()
+        label, payload = packing.encode(local, base=3, turn=number)
+        assert payload.nbytes == label[BYTES] == 2 * size
+        assert label[changes.BASE] == 3
+        assert label[changes.TURN] == number
+        found = decode(label, payload, out=np.empty(size, np.float32))
+        assert np.array_equal(found, local)  # the replica goes on with what the server has
+        sent += found
+        assert (np.abs(given - sent) <= STEP[push] * 1.1 * np.maximum(largest, 2.0**-38 * np.abs(found).max())).all()
+    assert_close(sent + packing._residual, given, atol=1e-6 * largest.max(), rtol=1e-6)
+    assert np.abs(packing._residual).max() > 0
+
+
+@pytest.mark.parametrize("push", SIXTEEN)
+def test_what_sixteen_bits_round_away_is_sent_later(push):
+    check_feedback(push)
+
+
+@pytest.mark.parametrize(("push", "line", "fault"), [
+    ("float16", "change += self._residual", "pass"),
+    ("bfloat16", "self._residual -= change", "pass"),
+    ("float16", "LARGEST - int(np.frexp(largest)[1])", "-5"),
+    ("float16", "out *= np.float32(2.0 ** -int(label[EXPONENT]))", "pass"),
+    ("float16", "decode(label, payload, out=change)", "pass"),
+    ("bfloat16", "label[ENCODING] = BFLOAT16", "label[ENCODING] = FLOAT16"),
+])
+def test_another_packing_is_noticed(push, line, fault):
+    assert_notices(lambda: check_feedback(push), changes, line, fault)
+
+
+@pytest.mark.parametrize("push", SIXTEEN)
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-30, -3e-5, 1.0, 65_536.0, 3e38, -3e38])
+def test_the_largest_change_stays_finite_and_the_only_one_is_not_lost(push, value):
+    change = np.array([0, value, 0], np.float32)
+    label, payload = Packing(push).encode(change, base=0)
+    found = decode(label, payload, out=np.empty(3, np.float32))
+    assert_close(found, np.array([0, value, 0]), rtol=STEP[push], atol=1e-40)
+
+
+@pytest.mark.parametrize("push", SIXTEEN)
+def test_what_is_not_finite_arrives_so(push):
+    for value in (np.nan, np.inf, -np.inf):
+        change = np.array([0, value, 1], np.float32)
+        with np.errstate(invalid="ignore"):
+            label, payload = Packing(push).encode(change, base=0)
+        assert not np.isfinite(decode(label, payload, out=np.empty(3, np.float32))).all()
+
+
+@pytest.mark.parametrize("push", ["dense", *SIXTEEN])
+def test_a_server_gets_all_but_what_replicas_still_keep(monkeypatch, push):
+    """Two replicas push now and then without a pull; all changes are in the server's parameters or kept."""
+    rng = np.random.default_rng(7)
+    job = Job(monkeypatch, 2, 37, push=push)
+    p, before = job.begin(37)
+    given = np.zeros(37)
+    for who, fetch in ((0, True), (1, False), (1, True), (0, False), (0, True), (1, True)) * 5:
+        change = drawn(rng, 37)
+        old = p[who].copy()
+        p[who] += change
+        given += p[who].astype(np.float64) - old
+        job.replicas[who].exchange(p[who], before[who], fetch=fetch)
+        assert np.array_equal(p[who], before[who])
+        job.server._take()
+    kept = sum(one.links[0].packing._residual for one in job.replicas) if push != "dense" else 0
+    assert_close(job.server._parameters + kept, given, atol=1e-7)
+    for one, own in zip(job.replicas, p, strict=True):
+        one.meet(own)
+        assert np.array_equal(own, job.server._parameters)
+    job.begin(5)  # parameters of another size: what is kept was of the old ones
+    assert all(one.links[0].packing._residual is None for one in job.replicas)
+
+
+def test_an_encoding_that_is_not_known_is_refused():
+    label, payload = Packing().encode(np.zeros(3, np.float32), base=0)
+    label[changes.ENCODING] = 99
+    with pytest.raises(ValueError, match="decode: encoding must be"):
+        decode(label, payload, out=np.empty(3, np.float32))
