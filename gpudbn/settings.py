@@ -173,6 +173,8 @@ class Settings:
     n_push: int = option(4, "async: updates between two pushes", group="distribution", rule=AT_LEAST_1, metavar="N")
     n_fetch: int = option(4, "async: updates between two fetches, a multiple of --n-push", group="distribution",
                           rule=AT_LEAST_1, metavar="N")
+    overlap: str = option("off", "async: on: a replica computes its next turn while it pushes the last and fetches; "
+                          "what it works on is one turn older", group="distribution", choices=("off", "on"))
     period: int = option(10, "local: updates between two meetings; the end of an epoch is always one",
                          group="distribution", rule=AT_LEAST_1, metavar="N")
     outer: str = option("average", "local: what a meeting does: average (all go on from the mean), nesterov (from the "
@@ -220,6 +222,9 @@ class Settings:
             raise UserError(f"--momentum: must be one number or two; got {len(self.momentum)}")
         if self.n_fetch % self.n_push:
             raise UserError(f"--n-fetch: must be a multiple of --n-push {self.n_push}; got {self.n_fetch}")
+        if self.overlap == "on" and self.staleness == "compensate":
+            raise UserError("--overlap: must be off with --staleness compensate, whose server has to know what a "
+                            "replica works on; got on")
         if self.precision == "exact" and (self.centring != "off" or self.sparsity_target is not None):
             raise UserError("--precision: must not be exact with --centring or --sparsity-target; got exact. Centred "
                             "units are no whole numbers")
@@ -235,7 +240,7 @@ class Settings:
         """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""
         steps = (f"--server-rule {self.server_rule}" if self.server_rule != "sgd" else
                  f"--staleness {self.staleness}" if self.staleness == "compensate" else None)
-        for name in ("server_rule", "staleness", "push"):
+        for name in ("server_rule", "staleness", "push", "overlap"):
             value = getattr(self, name)
             if self.mode != "async" and value != FIELDS[name].default:
                 raise UserError(f"--mode: must be async with {flag(name)} {value}, since others have no servers; "

@@ -34,6 +34,7 @@ FLOORS = """
     mpi/staged
     mpi/server
     mpi/replica
+    mpi/overlap
     mpi/__init__
     dbn memory trials
     pretrain

@@ -62,6 +62,7 @@ def test_settings_cannot_be_changed():
     ("--epochs 1 2", "--epochs: must be one number, or one for each of the 3 layers; got 2"),
     ("--seed -1", r"--seed: must lie in \[0, 2\*\*64\); got -1"),
     ("--mode asnyc", "--mode: must be one of async, sync, local; got asnyc. Did you mean async?"),
+    ("--overlap on --staleness compensate", "--overlap: must be off with --staleness compensate"),
     ("--n-push 4 --n-fetch 6", "--n-fetch: must be a multiple of --n-push 4; got 6"),
     ("--layer 5", "must be given options it knows; got --layer. Did you mean --layers?"),
     ("--learning_rate 5", "got --learning_rate. Did you mean --learning-rate?"),

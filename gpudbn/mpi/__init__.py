@@ -10,6 +10,7 @@
     server.py      a server
     rules.py       what a server does with a change
     changes.py     how a change is packed
+    overlap.py     a replica that exchanges while it computes
     staged.py      how changes and parameters travel, through a window in the server's memory
     simulate.py    whole runs in virtual time, in one process: the files above, on
     virtual.py     MPI between ranks of
@@ -40,7 +41,8 @@ MODES = ("sync", "async", "local")
 
 
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
-            outer: Callable[[Wire], Periodic] | None = None, push: str = "dense") -> Exchange | Server:
+            outer: Callable[[Wire], Periodic] | None = None, push: str = "dense",
+            overlap: bool = False) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -60,6 +62,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode local: makes the kind of replica that meets in this way; default: ``collective.Averaging``.
     push : str
         Mode async: how replicas pack their changes, see ``changes.Packing``.
+    overlap : bool
+        Mode async: whether replicas exchange while they compute, see ``overlap.py``.
 
     Returns
     -------
@@ -90,9 +94,11 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
 
     wire = Wire.start()
     wire.align()
+    if overlap and not wire.threads:
+        wire.agree("--overlap: must be off with an MPI that is for one thread alone; got on")
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    return join(wire, mode, size, rule, servers, outer, push)
+    return join(wire, mode, size, rule, servers, outer, push, overlap)
 
 
 def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
@@ -115,11 +121,12 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
     outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
              "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
     return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer],
-            "push": settings.push}
+            "push": settings.push, "overlap": settings.overlap == "on"}
 
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
-         outer: Callable[[Wire], Periodic] | None = None, push: str = "dense") -> Exchange | Server:
+         outer: Callable[[Wire], Periodic] | None = None, push: str = "dense",
+         overlap: bool = False) -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
@@ -129,6 +136,7 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
         from gpudbn.mpi.collective import Averaging
 
         return (outer or Averaging)(wire)
+    from gpudbn.mpi.overlap import Overlapped
     from gpudbn.mpi.replica import Asynchronous
     from gpudbn.mpi.rules import Compensated
     from gpudbn.mpi.server import Server, cuts
@@ -137,7 +145,8 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
     links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
     mine = [link for link in links if link is not None]
     if wire.rank >= servers:
-        return Asynchronous(wire, replicas, mine, size, asking=isinstance(rule, Compensated), push=push)
+        kind = Overlapped if overlap else Asynchronous
+        return kind(wire, replicas, mine, size, asking=isinstance(rule, Compensated), push=push)
     part = cuts(size, servers)[wire.rank]
     return Server(wire, mine[0], part.stop - part.start, rule)
 

@@ -61,9 +61,13 @@ class Link:
         report: dict[str, Any] = json.loads(self.wire.recv_text(0))
         return report
 
+    def packed(self, change: Array) -> tuple[np.ndarray, Array]:
+        """Label and payload of a change; it becomes what the server will make of it."""
+        return self.packing.encode(change, base=self.base)
+
     def push(self, change: Array) -> None:
-        """Give a change to the server; it becomes what that will make of it."""
-        self.end.push(*self.packing.encode(change, base=self.base))
+        """Give a change to the server; see ``packed``."""
+        self.end.push(*self.packed(change))
 
     def pull(self, shard: Array) -> None:
         """The latest parameters, and the header that belongs to them."""
@@ -73,12 +77,16 @@ class Link:
         """After a push of ``change``: what the server has, and my change where that does not contain it yet."""
         if fetch:
             self.pull(shard)
-            missing = self.end.sequence - int(self.header.applied[self.replica])  # 0 or 1
-            if missing:
-                shard += change
-            self.base = int(self.header.version[0]) + missing
+            self.add_missing(shard, change)
         else:
             self.base += 1
+
+    def add_missing(self, shard: Array, change: Array) -> None:
+        """After a pull into ``shard``: add my last change where that does not contain it yet."""
+        missing = self.end.sequence - int(self.header.applied[self.replica])  # 0 or 1
+        if missing:
+            shard += change
+        self.base = int(self.header.version[0]) + missing
 
 
 class Asynchronous(Together):

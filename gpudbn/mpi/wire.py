@@ -161,6 +161,11 @@ class Wire:
 
     # what lets a rank live in virtual time, where one process runs many: see ``virtual.py``
 
+    @property
+    def threads(self) -> bool:
+        """Whether threads may call MPI, one at a time."""
+        return bool(self.mpi.Query_thread() >= self.mpi.THREAD_SERIALIZED)
+
     def clock(self) -> float:
         """Seconds since some time in the past. All that this rank reports of time is by this clock."""
         return time.perf_counter()

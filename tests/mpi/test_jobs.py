@@ -23,9 +23,9 @@ def test_in_step():
     assert bits[1] == bits[2] == bits[4]
 
 
-def served(what, replicas=2, servers=1):
+def served(what, replicas=2, servers=1, overlap="off"):
     """Run a case of ``asynchronous.py``; its lines and the statistics of each server."""
-    lines = good_job(replicas + servers, "asynchronous", what, replicas, servers).splitlines()
+    lines = good_job(replicas + servers, "asynchronous", what, replicas, servers, overlap).splitlines()
     found = [json.loads(line.removeprefix("server ")) for line in lines if line.startswith("server ")]
     assert len(found) == servers
     return lines, *found
@@ -77,6 +77,18 @@ def test_reads_of_a_single_copy_are_torn():
 @pytest.mark.parametrize("servers", [1, 2])
 def test_around_servers(what, servers):
     served(what, servers=servers)
+
+
+@pytest.mark.parametrize("what", ["exactly_once", "own_writes"])
+def test_a_thread_that_exchanges_loses_nothing(what):
+    served(what, servers=2, overlap="on")
+
+
+def test_with_turns_longer_than_an_exchange_a_replica_hardly_waits():
+    """4 MB there and back in 50 ms of another's work."""
+    lines, _ = served("waits", replicas=1, overlap="on")
+    (share,) = [float(line.split()[1]) for line in lines if line.startswith("waits")]
+    assert share < 0.05
 
 
 def test_waiting_ranks_sleep():

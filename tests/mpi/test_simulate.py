@@ -140,6 +140,8 @@ def test_errors_of_ranks_come_out():
         simulated(2, learning_rate=1e30, decay=1e-3)
     with pytest.raises(UserError, match="costs: must have 2 phases, as the run has; got 3"):
         simulate(small_settings(layers=(11,)), small_data(), replicas=2, costs=Costs(**COSTS))
+    with pytest.raises(UserError, match="--overlap: must be off in a simulation"):
+        simulated(2, overlap="on")
     with pytest.raises(UserError, match="--order: must be fast with --mode async"):
         simulated(2, order="fixed")
 

@@ -57,6 +57,22 @@ def own_writes(exchange, size=50, pushes=40):
     assert (parameters[: exchange.replicas] == pushes).all()
 
 
+def waits(exchange, size=1_000_003, turns=20, seconds=0.05):
+    """Turns of an accelerator, which leaves the host its cores. Prints what share of its time the replica waits."""
+    parameters = np.zeros(size, np.float32)
+    exchange.begin(parameters)
+    before, start = parameters.copy(), exchange.report()["seconds"]
+    for _ in range(turns):
+        time.sleep(seconds)
+        parameters += 1
+        exchange.exchange(parameters, before)
+    spent = {state: value - start[state] for state, value in exchange.report()["seconds"].items()}
+    share = (spent["waiting"] + spent["transferring"]) / sum(spent.values())
+    sys.stdout.write(f"waits {share}\n")  # in one piece
+    exchange.meet(parameters)
+    assert (parameters == turns * exchange.replicas).all()
+
+
 def phases(exchange):
     """Vectors of other sizes, one after the other; all begin with the chief's values and end with equal ones."""
     for phase, size in enumerate((4_099, 5, 1, 977)):
@@ -172,8 +188,9 @@ def slow_rule(parameters, change, staleness):
 def main():
     what = sys.argv[1]
     servers = int(sys.argv[3])
-    exchange = connect("async", 1_000_003 if what in ("contention", "single_copy") else 4_099,
-                       rule=slow_rule if what == "own_writes" else None, servers=servers)
+    exchange = connect("async", 1_000_003 if what in ("contention", "single_copy", "waits") else 4_099,
+                       rule=slow_rule if what == "own_writes" else None, servers=servers,
+                       overlap=sys.argv[4] == "on")
     if what == "single_copy":
         ends = [exchange._end] if isinstance(exchange, Server) else [link.end for link in exchange.links]
         for layout in (end.layout for end in ends):
