@@ -56,6 +56,7 @@ class FinetunePhase(Phase):
     name = "finetune"
     layer = None
     chains = None
+    factors = None
     keeps_best = True
     better: tuple[str, ...] = ("error", "loss")
     measures: tuple[str, ...] = ("loss", "error")

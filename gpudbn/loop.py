@@ -32,6 +32,7 @@ from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
 from gpudbn.draws import Purpose, permutation, replica_row, site
 from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.factors import Factors
 from gpudbn.feed import AT_ONCE, Feed, Span, feed_of
 from gpudbn.finetune import FinetunePhase
 from gpudbn.graphs import Graphs
@@ -177,12 +178,15 @@ class Training:
             layer = self._kind()(self.dbn, self.index, s, rows=rows, chains=chains)
             if not kept:
                 layer.initialise(self.data.train)
+            if self.exchange.wants_factors and layer.offsets is None:
+                layer.factors = Factors(layer.rbm.n, layer.rbm.width)
             phase = layer
         else:
             phase = self._finetuning(self._widest(s.finetuning_batch))
         for name, array in phase.state().items():
             if kept:
                 array[...] = self.dbn.xp.asarray(kept[name]) if not isinstance(array, np.ndarray) else kept[name]
+        self.exchange.factors = phase.factors
         if "best" in kept:
             self.best_parameters = self.dbn.xp.asarray(kept["best"])
         self._phase_arrays = {}
@@ -244,6 +248,7 @@ class Training:
         self.epoch, self.position = self.epoch + 1, 0
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
                   "epoch": self.epoch, "update": self.updates, "path": str(self.paths[self.index]), **rates,
+                  **({"push": self.exchange.packed} if self.exchange.packed else {}),
                   **self._measure(phase)}
         self.seconds += self.exchange.clock() - started
         self._remember(phase, record)
@@ -276,6 +281,7 @@ class Training:
         """Which way the updates of a phase take."""
         s, layer = self.settings, index < self.depth
         host = ("--order fixed" if s.order == "fixed" else "other replicas" if self.exchange.cuts_batches else
+                "--push factored" if self.exchange.wants_factors else
                 "other shards" if self.dbn.shards.count > 1 else None)
         batch = s.batch if layer else s.finetuning_batch
         return choose_path(s.kernels, Case(

@@ -19,6 +19,7 @@ from gpudbn.arrays import Array
 from gpudbn.data import Rows
 from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
+from gpudbn.factors import Factors
 from gpudbn.feed import Source
 from gpudbn.offsets import Offsets
 from gpudbn.optimiser import schedule
@@ -52,6 +53,7 @@ class Phase(Protocol):
     parameters: Array
     exchanged: int  # entries of ``sums``
     chains: Array | None
+    factors: Factors | None  # where the updates of a turn are noted as what made them, if somebody wants that
     measures: tuple[str, ...]
 
     def state(self) -> dict[str, Array]:
@@ -124,6 +126,7 @@ class LayerPhase(Phase):
         self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
         self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]
         self.twins = twins_of(self.parameters)
+        self.factors: Factors | None = None
         self.rate = self.momentum = 0.0
         self.turn = dbn.xp.empty((0, n), np.float32)  # visible units of the updates of one launch
         self.rates = dbn.xp.zeros(3, np.float32)  # of updates that a CUDA graph repeats: of full batches
@@ -147,6 +150,8 @@ class LayerPhase(Phase):
 
     def begin_turn(self) -> None:
         """Updates use the parameters where they are."""
+        if self.factors is not None:
+            self.factors.clear()
 
     def _visible(self, out: Array, rows: Source, piece: Piece) -> None:
         """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""
@@ -197,6 +202,9 @@ class LayerPhase(Phase):
         """``sums`` and ``step`` in one: a single kernel on a GPU."""
         v, h = self._fill(rows, piece)
         count = len(piece.positions)
+        if self.factors is not None:
+            self.factors.add(v, h, count, model_weight=piece.model_weight, rate=self.rate, decay=self.settings.decay,
+                             levels=None if self.layer else rows.levels)
         centred = self.offsets.centre(v, h, count) if self.offsets else {}
         self.twins.cd_update(self.parameters, self.velocity, self.gradient, self.rbm.n, self.rbm.width, v, h, count,
                              model_weight=piece.model_weight, **centred, rate=self.rate, momentum=self.momentum,

@@ -28,7 +28,7 @@ POSITIVE: Rule = (lambda x: 0 < x < float("inf"), "be above 0")
 BETWEEN: Rule = (lambda x: 0 < x < 1, "lie between 0 and 1")
 BELOW_1: Rule = (lambda x: 0 <= x < 1, "lie in [0, 1)")
 SERVER_RULES = ("sgd", "momentum", "adagrad")
-PUSH = ("dense", "float16", "bfloat16")
+PUSH = ("dense", "float16", "bfloat16", "factored")
 STALENESS = ("count", "divide", "compensate")
 BATCH_OPTIMISERS = ("lbfgs", "cg")
 LARGE_BATCH = 1000  # rows, of a batch optimiser: Hinton & Salakhutdinov (2006)
@@ -187,13 +187,14 @@ class Settings:
                                    metavar="MU")
     elasticity: float = option(0.9, "local: share of the way from the centre to the mean that --outer elastic moves it",
                                group="distribution", rule=(lambda x: 0 < x <= 1, "lie in (0, 1]"), metavar="BETA")
-    push: str = option("dense", "async: how changes travel: dense (float32), or in 16 bits as float16 or bfloat16; "
-                       "what is rounded away is added to the next", group="distribution", choices=PUSH)
+    push: str = option("dense", "async: how changes travel: dense (float32); in 16 bits, float16 or bfloat16, what is "
+                       "rounded away being added to the next; or, of a layer, factored: as the units that made them, "
+                       "where these are fewer bytes, which wants --momentum 0", group="distribution", choices=PUSH)
     server_rule: str = option("sgd", "async: what a server does with a change: sgd adds --server-rate times it, "
                               "momentum takes that for the step of momentum, adagrad the change for a gradient. The "
                               "latter two want plain steps at the replicas: no momentum, and --optimiser sgd",
                               group="distribution", choices=SERVER_RULES)
-    server_rate: float = option(None, "async: rate of --server-rule (default: 1; adagrad: 0.01, about what a parameter "
+    server_rate: float = option(None, "async: rate of --server-rule (default: 1; adagrad: 0.05, what a parameter "
                                 "moves in its first step)", group="distribution", rule=POSITIVE, metavar="RATE",
                                 follows=True)
     server_momentum: float = option(0.9, "async: momentum of --server-rule momentum", group="distribution",
@@ -245,10 +246,11 @@ class Settings:
             if self.mode != "async" and value != FIELDS[name].default:
                 raise UserError(f"--mode: must be async with {flag(name)} {value}, since others have no servers; "
                                 f"got {self.mode}")
-        self._follow("momentum", (0.5, 0.9), 0.0, steps)
+        factored = f"--push {self.push}" if self.push == "factored" else None
+        self._follow("momentum", (0.5, 0.9), 0.0, steps or factored)
         self._follow("optimiser", "adam", "sgd", steps)
         self._follow("finetune_momentum", 0.9, 0.0, steps)
-        self._follow("server_rate", 0.01 if self.server_rule == "adagrad" else 1.0, None, None)
+        self._follow("server_rate", 0.05 if self.server_rule == "adagrad" else 1.0, None, None)
 
     def _follow(self, name: str, usual: Any, plain: Any, steps: str | None) -> None:
         """Set it if it was not given: to ``plain`` where a setting, ``steps``, wants plain steps at the replicas."""

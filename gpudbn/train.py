@@ -239,6 +239,8 @@ class _Show:
         what = f"layer {r['layer']}  " if "layer" in r else r["phase"]
         if what != self.what and r.get("path") and not r["path"].startswith("numpy"):
             self.say(f"{what}  updates by path {r['path']}")
+        if what != self.what and s.push == "factored" and r.get("push", "factored") != "factored":
+            self.say(f"{what}  pushes {r['push']}: activations would be more bytes, or do not make its changes")
         self.what = what
         if r["phase"] == "pretrain":
             of = s.of_layer("epochs", r["layer"] - 1)

@@ -18,7 +18,7 @@ import gpudbn
 FLOORS = """
     errors draws scratch tracing mpi/launch
     arrays exact paths precision settings mpi/costs mpi/tally
-    parameters shards
+    factors parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     mpi/nccl
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks

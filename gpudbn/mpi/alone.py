@@ -14,6 +14,7 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.errors import UserError
+from gpudbn.factors import Factors
 from gpudbn.mpi.tally import Tally
 
 
@@ -32,6 +33,10 @@ class Exchange:
         Whether each replica computes a slice of every global batch.
     shards_rows : bool
         Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
+    wants_factors : bool
+        Whether changes are to be pushed as what made them, where that is known.
+    factors : Factors or None
+        Where the phase notes the updates of a turn, for ``exchange``; the loop sets it.
 
     tally : Tally
         What this replica does when: ``with exchange.tally.timing("measuring"): ...``
@@ -46,6 +51,8 @@ class Exchange:
     local_replica = 0
     cuts_batches = False
     shards_rows = False
+    wants_factors = False
+    factors: Factors | None = None
 
     def __init__(self, tally: Tally | None = None) -> None:
         self.tally = tally or Tally(self.clock)
@@ -114,6 +121,11 @@ class Exchange:
         sums.fill(0)
         for partial in partials:
             sums += partial
+
+    @property
+    def packed(self) -> str:
+        """How the last change was pushed: see ``changes.Packing``; empty where there is no server."""
+        return ""
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
         """Give my change, parameters - before, to the server or to all, and take what has come of everyone's.

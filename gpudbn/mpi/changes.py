@@ -4,6 +4,7 @@
     float16    times a power of two, which is in the label, so that the largest entry stays finite and small ones are
                not lost below 2^-14
     bfloat16   the upper half of float32
+    factored   the activations that made it, where those are fewer bytes: see ``factors.py``
 
 What 16 bits round away is not lost: a replica keeps it and adds it to its next change (error feedback: Seide et al.,
 "1-bit stochastic gradient descent and its application to data-parallel distributed training of speech DNNs" (2014),
@@ -16,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
+from gpudbn.factors import Factors, unpack
 from gpudbn.mpi.rules import Rule
 from gpudbn.precision import from_bf16, round_to_bf16
 from gpudbn.scratch import Scratch
@@ -27,7 +29,8 @@ ENCODING = 1
 BYTES = 2  # of the payload
 TURN = 3  # which turn of the run it is of, so that no turn is applied twice
 EXPONENT = 4  # float16: of the power of two
-DENSE, FLOAT16, BFLOAT16 = range(3)
+ENCODINGS = ("dense", "float16", "bfloat16", "factored")
+DENSE, FLOAT16, BFLOAT16, FACTORED = range(len(ENCODINGS))
 NO_TURN = -1  # a change that is of no turn
 LARGEST = 15  # a change in float16 is below 2^15, half of what there is room for
 
@@ -39,18 +42,26 @@ class Packing:
 
     Parameters
     ----------
-    push : "dense", "float16" or "bfloat16"
+    push : "dense", "float16", "bfloat16" or "factored"
+
+    Attributes
+    ----------
+    last : str
+        How the last change was packed.
     """
 
     def __init__(self, push: str = "dense") -> None:
         self.push = push
-        self.begin()
+        self.last = "dense"
+        self.begin(0)
 
-    def begin(self) -> None:
-        """Changes of other parameters follow."""
+    def begin(self, first: int) -> None:
+        """Changes of other parameters follow; the server's shard of them begins at ``first``."""
+        self.first = first
         self._residual: Array | None = None  # what is not yet sent
 
-    def encode(self, change: Array, *, base: int, turn: int = NO_TURN) -> tuple[np.ndarray, Array]:
+    def encode(self, change: Array, *, base: int, turn: int = NO_TURN,
+               factors: Factors | None = None) -> tuple[np.ndarray, Array]:
         """Label and payload of a change.
 
         Parameters
@@ -59,6 +70,8 @@ class Packing:
             Afterwards what the server will make of it.
         base, turn : int
             Words of the label.
+        factors : Factors, optional
+            The updates that made the change.
 
         Returns
         -------
@@ -69,9 +82,13 @@ class Packing:
         label = np.zeros(WORDS, np.int64)
         label[BASE], label[TURN] = base, turn
         payload = change
-        if self.push != "dense":
+        if self.push in ("float16", "bfloat16"):
             payload = self._round(label, change)
-        label[BYTES] = payload.nbytes
+        elif self.push == "factored" and factors:
+            packed = factors.pack(self.first, change.size)
+            if packed.nbytes < change.nbytes:
+                label[ENCODING], payload = FACTORED, packed
+        label[BYTES], self.last = payload.nbytes, ENCODINGS[label[ENCODING]]
         return label, payload
 
     def _round(self, label: np.ndarray, change: Array) -> Array:
@@ -86,7 +103,7 @@ class Packing:
             label[ENCODING], label[EXPONENT] = FLOAT16, _exponent(change)
             payload = (change * np.float32(2.0 ** int(label[EXPONENT]))).astype(np.float16)
         self._residual[...] = change
-        decode(label, payload, out=change)
+        decode(label, payload, change, out=change)
         self._residual -= change
         return payload.view(np.uint8)  # a type that every MPI has
 
@@ -98,11 +115,13 @@ def _exponent(change: Array) -> int:
     return min(exponent, 126)  # float32 ends there
 
 
-def decode(label: np.ndarray, payload: Array, *, out: Array) -> Array:
+def decode(label: np.ndarray, payload: Array, parameters: Array, *, out: Array) -> Array:
     """The change that a label and a payload carry: array (size,), float32; ``out``, or the payload itself if dense.
 
     Parameters
     ----------
+    parameters : array (size,), float32
+        What it is a change of, for their decay.
     payload : array, contiguous, of any type; on a server uint8
         Not modified.
     out : array (size,), float32
@@ -115,8 +134,10 @@ def decode(label: np.ndarray, payload: Array, *, out: Array) -> Array:
         out *= np.float32(2.0 ** -int(label[EXPONENT]))
     elif label[ENCODING] == BFLOAT16:
         out[...] = from_bf16(payload.view(np.uint16))
+    elif label[ENCODING] == FACTORED:
+        unpack(payload, parameters, out)
     else:
-        raise ValueError(f"decode: encoding must be one of {DENSE} to {BFLOAT16}; got {label[ENCODING]}")
+        raise ValueError(f"decode: encoding must be one of {DENSE} to {FACTORED}; got {label[ENCODING]}")
     return out
 
 
@@ -130,4 +151,4 @@ def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, stal
     """
     xp = module_of(parameters, payload)
     work = _scratch.get("change", parameters.shape) if xp is np else xp.empty_like(parameters)
-    rule(parameters, decode(label, payload, out=work), staleness)
+    rule(parameters, decode(label, payload, parameters, out=work), staleness)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gpudbn.arrays import Array, is_gpu, module_of
+from gpudbn.arrays import Array, is_gpu, module_of, to_cpu
 from gpudbn.mpi.replica import Asynchronous
 from gpudbn.mpi.tally import Tally
 from gpudbn.tracing import span
@@ -46,7 +46,8 @@ class Overlapped(Asynchronous):
         self._change, last, self._spare = self._spare, self._change, self._change
         _subtract(parameters, before, out=self._change)
         parts = list(zip(self.links, self._cuts, strict=True))
-        pushes = [link.packed(self._change[part]) for link, part in parts]
+        packed = [link.packed(self._change[part], self.factors) for link, part in parts]
+        pushes = [(label, to_cpu(payload)) for label, payload in packed]
         for link, part in parts:
             if self._pulled:
                 link.add_missing(self._fetched[part], last[part])

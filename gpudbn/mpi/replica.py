@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
+from gpudbn.factors import Factors
 from gpudbn.mpi import changes
 from gpudbn.mpi.collective import Together
 from gpudbn.mpi.server import BEGIN, FAIL, FINISH, REPORT, Header, cuts
@@ -61,13 +62,13 @@ class Link:
         report: dict[str, Any] = json.loads(self.wire.recv_text(0))
         return report
 
-    def packed(self, change: Array) -> tuple[np.ndarray, Array]:
+    def packed(self, change: Array, factors: Factors | None) -> tuple[np.ndarray, Array]:
         """Label and payload of a change; it becomes what the server will make of it."""
-        return self.packing.encode(change, base=self.base)
+        return self.packing.encode(change, base=self.base, factors=factors)
 
-    def push(self, change: Array) -> None:
+    def push(self, change: Array, factors: Factors | None) -> None:
         """Give a change to the server; see ``packed``."""
-        self.end.push(*self.packed(change))
+        self.end.push(*self.packed(change, factors))
 
     def pull(self, shard: Array) -> None:
         """The latest parameters, and the header that belongs to them."""
@@ -116,6 +117,7 @@ class Asynchronous(Together):
         self.world = world
         world.label = self.wire.label
         self._size = size
+        self.wants_factors = push == "factored"
         self.links = [Link(wire, part.stop - part.start, asking=asking, push=push)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
@@ -128,8 +130,8 @@ class Asynchronous(Together):
         self._drain()
         self.wire.barrier()
         self._cuts = cuts(parameters.size, len(self.links))
-        for link in self.links:
-            link.packing.begin()
+        for link, part in zip(self.links, self._cuts, strict=True):
+            link.packing.begin(part.start)
         if self.chief:
             for link, part in zip(self.links, self._cuts, strict=True):
                 link.begin(parameters[part])
@@ -139,12 +141,16 @@ class Asynchronous(Together):
         change = before  # its memory: the old values are needed no more
         module_of(parameters, before).subtract(parameters, before, out=change)
         for link, part in zip(self.links, self._cuts, strict=True):
-            link.push(change[part])
+            link.push(change[part], self.factors)
         self._pulls += fetch
         for link, part in zip(self.links, self._cuts, strict=True):
             link.exchange(parameters[part], change[part], fetch)
         before[...] = parameters
         self.wire.worked("exchange", parameters.nbytes)
+
+    @property
+    def packed(self) -> str:
+        return " and ".join(sorted({link.packing.last for link in self.links}))
 
     def meet(self, parameters: Array) -> None:
         with span("meet"):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gpudbn import loop, pretrain
 from gpudbn.mpi import changes
 from gpudbn.mpi.changes import BYTES, Packing, decode
+from gpudbn.mpi.costs import Compute, Costs
+from gpudbn.mpi.simulate import simulate
 from tests.helpers import assert_close, assert_notices
 from tests.mpi.test_protocol import Job
+from tests.test_loop import small_data, small_settings
 
 SIXTEEN = ("float16", "bfloat16")
+ZEROS = np.zeros(3, np.float32)
 STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit in the last place, of what is rounded
 
 
@@ -33,7 +38,7 @@ def check_feedback(push):
         assert payload.nbytes == label[BYTES] == 2 * size
         assert label[changes.BASE] == 3
         assert label[changes.TURN] == number
-        found = decode(label, payload, out=np.empty(size, np.float32))
+        found = decode(label, payload, local, out=np.empty(size, np.float32))
         assert np.array_equal(found, local)  # the replica goes on with what the server has
         sent += found
         assert (np.abs(given - sent) <= STEP[push] * 1.1 * np.maximum(largest, 2.0**-38 * np.abs(found).max())).all()
@@ -51,7 +56,7 @@ def test_what_sixteen_bits_round_away_is_sent_later(push):
     ("bfloat16", "self._residual -= change", "pass"),
     ("float16", "LARGEST - int(np.frexp(largest)[1])", "-5"),
     ("float16", "out *= np.float32(2.0 ** -int(label[EXPONENT]))", "pass"),
-    ("float16", "decode(label, payload, out=change)", "pass"),
+    ("float16", "decode(label, payload, change, out=change)", "pass"),
     ("bfloat16", "label[ENCODING] = BFLOAT16", "label[ENCODING] = FLOAT16"),
 ])
 def test_another_packing_is_noticed(push, line, fault):
@@ -63,7 +68,7 @@ def test_another_packing_is_noticed(push, line, fault):
 def test_the_largest_change_stays_finite_and_the_only_one_is_not_lost(push, value):
     change = np.array([0, value, 0], np.float32)
     label, payload = Packing(push).encode(change, base=0)
-    found = decode(label, payload, out=np.empty(3, np.float32))
+    found = decode(label, payload, ZEROS, out=np.empty(3, np.float32))
     assert_close(found, np.array([0, value, 0]), rtol=STEP[push], atol=1e-40)
 
 
@@ -73,7 +78,7 @@ def test_what_is_not_finite_arrives_so(push):
         change = np.array([0, value, 1], np.float32)
         with np.errstate(invalid="ignore"):
             label, payload = Packing(push).encode(change, base=0)
-        assert not np.isfinite(decode(label, payload, out=np.empty(3, np.float32))).all()
+        assert not np.isfinite(decode(label, payload, ZEROS, out=np.empty(3, np.float32))).all()
 
 
 @pytest.mark.parametrize("push", ["dense", *SIXTEEN])
@@ -104,4 +109,59 @@ def test_an_encoding_that_is_not_known_is_refused():
     label, payload = Packing().encode(np.zeros(3, np.float32), base=0)
     label[changes.ENCODING] = 99
     with pytest.raises(ValueError, match="decode: encoding must be"):
-        decode(label, payload, out=np.empty(3, np.float32))
+        decode(label, payload, ZEROS, out=np.empty(3, np.float32))
+
+
+# -- factored: the product itself is tested in tests/test_factors.py
+
+COSTS = Compute(update=(2e-3, 1e-4), sums=(1e-3, 1e-4), step=(5e-4, 0.0), measure=(0.0, 1e-5))
+
+
+def trained(push, *, replicas=1, **options):
+    """A run in virtual time: its parameters, records, and bytes that the replicas sent."""
+    settings = small_settings(push=push, momentum=0, layers=(300,), epochs=2, decay=0.01, finetune_epochs=1,
+                              **options)
+    found = simulate(settings, small_data(n=70), replicas=replicas, costs=Costs(phases=(COSTS,) * 2))
+    return found.dbn.arrays(), found.records, sum(report["bytes"]["sent"] for report in found.replicas)
+
+
+def check_whole_run(**options):
+    """One replica, for which all that differs is the rounding of sums."""
+    (dense, seen, many), (factored, records, few) = (trained(push, **options) for push in ("dense", "factored"))
+    assert [r["push"] for r in records[:-1]] == ["factored"] * 2 + ["dense"]  # fine-tuning makes no such products
+    assert [r["push"] for r in seen[:-1]] == ["dense"] * 3
+    assert few < 0.75 * many  # fine-tuning included
+    for name in ("layers.0.W", "layers.0.b", "layers.0.c"):
+        assert_close(factored[name], dense[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"servers": 2, "n_push": 3, "n_fetch": 6}, {"method": "pcd", "n_push": 2},
+    {"server_rule": "momentum", "staleness": "compensate"}])  # where a pull always has the last push
+def test_factored_pushes_make_the_same_run(options):
+    check_whole_run(**options)
+
+
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (pretrain, "            self.factors.clear()", "            pass"),
+    (pretrain, "decay=self.settings.decay,\n                             levels", "decay=0,\n levels"),
+    (loop, "self.exchange.factors = phase.factors", "pass"),
+    (changes, "if packed.nbytes < change.nbytes:", "if packed.nbytes > change.nbytes:"),
+])
+def test_a_run_with_other_factors_is_noticed(module, line, fault):
+    assert_notices(lambda: check_whole_run(n_push=2), module, line, fault)
+
+
+def test_what_is_smaller_dense_goes_so():
+    _, records, _ = trained("factored", batch=40, n_push=8, n_fetch=8, method="pcd")
+    assert {r["push"] for r in records[:-1]} == {"dense"}
+
+
+def test_a_centred_layer_goes_dense():
+    _, records, _ = trained("factored", centring="data")
+    assert {r["push"] for r in records[:-1]} == {"dense"}
+
+
+def test_factored_pushes_of_several_replicas_learn():
+    dense, factored = (trained(push, replicas=3)[1][1]["reconstruction_train"] for push in ("dense", "factored"))
+    assert abs(factored - dense) < 0.1 * dense

@@ -143,6 +143,11 @@ def test_where_servers_make_the_steps_those_of_replicas_are_plain():
         s = Settings(**other)
         assert (s.momentum, s.optimiser, s.finetune_momentum) == ((0.0,), "sgd", 0)
         assert Settings(**other, momentum=(0, 0)).momentum == (0, 0)
+    assert Settings(push="factored").momentum == (0,)
+    assert Settings(push="factored").optimiser == "adam"
+    with pytest.raises(UserError, match=r"--momentum: must be 0.0 with --push factored, .*; got 0.5 0.9"):
+        Settings(push="factored", momentum=(0.5, 0.9))
+    for other in ({"server_rule": "adagrad"}, {"server_rule": "momentum"}, {"staleness": "compensate"}):
         for contrary in ({"momentum": (0, 0.9)}, {"optimiser": "adam"}, {"finetune_momentum": 0.5}):
             with pytest.raises(UserError, match=r"must be .* with --.*; got") as error:
                 Settings(**other, **contrary)

@@ -152,6 +152,17 @@ def test_an_asynchronous_run_tells_what_it_did(asynchronous):
     assert {"timeline.png", "staleness.png"} <= {path.name for path in (out / "plots").iterdir()}
 
 
+def test_adagrad_at_servers_that_get_activations(tmp_path):
+    """Two servers, of which the lower has half of W, b and c."""
+    options = ["--server-rule", "adagrad", "--push", "factored", "--n-push", 1, "--n-fetch", 1,
+               "--schedule", "constant", "--layers", 256, "--epochs", 5, "--finetune-epochs", 10,
+               "--finetune-schedule", "constant"]
+    said = train(4, "--servers", 2, *options, "--plots", "off", "--out", tmp_path / "run")
+    assert "finetune  pushes dense: " in said
+    assert [r["push"] for r in records(tmp_path / "run") if "push" in r] == ["factored"] * 5 + ["dense"] * 10
+    assert error_of(tmp_path / "run") < 0.1
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_rank_that_is_killed_ends_the_job_and_the_run_can_go_on(mode, tmp_path):
     out = tmp_path / "run"
