@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels --out kernels.json      needs a GPU; with PyTorch if it is there
     python -m benchmarks.kernels --rehearse --out F      the same code at toy sizes without one: its times mean nothing
+    compute-sanitizer python -m benchmarks.kernels --small --out F      at toy sizes on a GPU
 
 Everyone's results are held to a float64 reference first; what fails is not timed. A sample is a stretch
 of at least a millisecond of calls one after the other between two CUDA events, divided by their number:
@@ -36,6 +37,7 @@ from gpudbn.precision import TENSOR_CORES, bf16, bf16_parts, tf32
 ROOT = Path(__file__).parent.parent
 CASES = [(784, 500, 100), (784, 2000, 128), (4096, 4096, 1024)]  # n, m, B
 TOY = [(13, 7, 5), (37, 67, 11)]
+PARTS = ("updates", "kernels", "large", "memcheck", "racecheck")  # files of results, in the order of the page
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 2e-4
 SITES = {"h0": 4 << 24, "v1": 4 << 24 | 1, "h1": 4 << 24 | 2}
 NEAR = {"seed": 7, "update": 3, "row": 0}
@@ -509,13 +511,13 @@ def environment(rehearsal: bool) -> dict[str, Any]:
 
 
 def table(out: Path) -> str:
-    """What ``on_gpu.sh`` found, as a page: the steps, the kernels, the training."""
+    """What ``on_gpu.sh`` found so far, as a page; and all of it in ``results.json``."""
     def read(name: str) -> Any:
         with contextlib.suppress(OSError, ValueError):
             return json.loads((out / name).read_text())
         return {}
 
-    machine, kernels = read("environment.json"), read("kernels.json")
+    machine, parts = read("environment.json"), {name: read(f"{name}.json") for name in PARTS}
     title = "A rehearsal without a GPU: no time here means anything" if machine.get("rehearsal") else "On a GPU"
     lines = [f"# {title}", "",
              ", ".join(f"{key} {machine[key]}" for key in ("gpu", "driver", "NVRTC", "cupy", "torch", "numpy", "commit",
@@ -526,31 +528,48 @@ def table(out: Path) -> str:
         known = {"0": "passed", "124": "failed: out of time", "137": "failed: killed"}
         result = known.get(code, f"failed: exit {code}")
         lines.append(f"| {name} | {result} | {seconds} |")
-    if kernels.get("ceilings"):
-        reached = "; ".join(f"{key} {value:.4g}" for key, value in kernels["ceilings"].items())
-        lines += ["", f"Ceilings measured: {reached}"]
-    if kernels.get("rows"):
-        lines += ["", "| what | n x m, B | by | median us | min | max | TFLOP/s | of product | of copy | tiles |",
-                  "|---|---|---|---|---|---|---|---|---|---|"]
-        for r in kernels["rows"]:
-            parts = [f"{r[key]:.0%}" if r[key] is not None else "" for key in ("of_product", "of_copy")]
-            lines.append(f"| {r['what']} | {r['n']}x{r['m']}, {r['B']} | {r['by']} | {r['median_us']:.2f} | "
-                         f"{r['min_us']:.2f} | {r['max_us']:.2f} | {r['tflops']:.2f} | {' | '.join(parts)} | "
-                         f"{r.get('tiles', '')} |")
-    lines += [f"\nFAILED: {failure}" for failure in kernels.get("failures", [])]
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, StopIteration):
+    records: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError):
         records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    with contextlib.suppress(KeyError, ValueError, StopIteration):
         test = next(r for r in records if r["phase"] == "test")
         pretraining = max(r["seconds"] for r in records if r["phase"] == "pretrain")
         told = f"test error {100 * test['error']:.2f} % ({test['rows']} rows), {test['seconds']:.1f} s"
         lines += ["", f"Training: {told}, of which pretraining {pretraining:.1f} s; {test['update']} updates"]
+        paths = {r.get("layer", "fine-tuning"): r["path"] for r in records if "path" in r}
+        lines += [f"- {f'layer {layer}' if layer != 'fine-tuning' else layer}: {path}" for layer, path in paths.items()]
+    for name, part in parts.items():
+        lines += _page(name, part)
+    everything = {"environment": machine, **parts, "training": records}
+    (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     return "\n".join(lines) + "\n"
+
+
+def _page(name: str, part: dict[str, Any]) -> list[str]:
+    """The lines of one file of results."""
+    lines = ["", f"## {name}"] if part else []
+    if part.get("ceilings"):
+        reached = "; ".join(f"{key} {value:.4g}" for key, value in part["ceilings"].items())
+        lines += ["", f"Ceilings measured: {reached}"]
+    if part.get("latency"):
+        lines += ["", "Microseconds: " + "; ".join(f"{key} {value:.3g}" for key, value in part["latency"].items())]
+    if part.get("rows") and not name.endswith("check"):  # times under a sanitizer are not told
+        lines += ["", "| what | n x m, B | by | median us | min | max | TFLOP/s | of product | of copy | tiles |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]
+        for r in part["rows"]:
+            of = [f"{r[key]:.0%}" if r[key] is not None else "" for key in ("of_product", "of_copy")]
+            lines.append(f"| {r['what']} | {r['n']}x{r['m']}, {r['B']} | {r['by']} | {r['median_us']:.2f} | "
+                         f"{r['min_us']:.2f} | {r['max_us']:.2f} | {r['tflops']:.2f} | {' | '.join(of)} | "
+                         f"{r.get('tiles', '')} |")
+    lines += [f"\nNot taken: {reason}" for reason in part.get("refused", [])]
+    return lines + [f"\nFAILED: {failure}" for failure in part.get("failures", [])]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file of results")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, without a GPU: only to see that it runs")
+    parser.add_argument("--small", action="store_true", help="toy sizes on the GPU: for a tool that slows it down")
     parser.add_argument("--environment", type=Path, metavar="FILE", help="only write what this machine is")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="only print a page on what on_gpu.sh found")
     given = parser.parse_args()
@@ -567,22 +586,25 @@ def main() -> int:
     with contextlib.suppress(ImportError):
         import torch
     with contextlib.ExitStack() as stack:
+        global repeats
+        repeats = 2 if given.rehearse or given.small else repeats
         if given.rehearse:
-            global repeats
-            repeats = 2
             from tests.pretend_cupy import installed
 
             stack.enter_context(installed(processors=132))
         import cupy
 
+        toy = given.rehearse or given.small
         results = Results(given.out, {"machine": environment(given.rehearse)})
-        run(results, TOY if given.rehearse else CASES, cupy, torch, given.rehearse)
+        run(results, TOY if toy else CASES, cupy, None if given.small else torch, toy)
 
-        from benchmarks import persistent
+        from benchmarks import large, persistent
         from gpudbn import cuda
 
-        persistent.run(results, persistent.TOY if given.rehearse else persistent.CASES, cupy, cuda.gpu(),
-                       1 if given.rehearse else persistent.UPDATES)
+        persistent.run(results, persistent.TOY if toy else persistent.CASES, cupy, cuda.gpu(),
+                       1 if toy else persistent.UPDATES)
+        if given.small and large.there(cuda.gpu()):
+            large.run(results, large.TOY, cupy, cuda.gpu())
     return 1 if results.failed else 0
 
 

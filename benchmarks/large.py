@@ -9,6 +9,7 @@ needs 8 GiB on the GPU, 16 GiB on the host and about two minutes there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from benchmarks import kernels
 from benchmarks.kernels import DECAY, MOMENTUM, NEAR, RATE, SITES, Work, check_sample, close
+from gpudbn.cuda.wgmma import ARCHITECTURE
 
 CASES = [(4096, 4096, 1024), (16384, 16384, 4096)]  # n, m, B
 TOY = [(131, 70, 67)]
@@ -54,6 +56,11 @@ class Large:
         step = 4 * B * n * m, 4 * B * (n + m) + 18 * n * m
         return {"half_step": half, "half_step, transposed": half, "cd_update": step,
                 "CD-1 update": (3 * half[0] + step[0], 3 * half[1] + step[1])}[what]
+
+
+def there(launcher: Any) -> bool:
+    """Whether the device has wgmma."""
+    return bool(launcher.architecture == ARCHITECTURE)
 
 
 def by_wgmma(case: Large, xp: Any, launcher: Any) -> Iterator[Work]:
@@ -180,17 +187,26 @@ def run(results: kernels.Results, cases: list[tuple[int, int, int]], xp: Any, la
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the file of results")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--rehearse", action="store_true", help="on a pretended device, which has no wgmma")
     given = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if given.rehearse:
+            from tests.pretend_cupy import installed
 
-    import cupy
+            stack.enter_context(installed())
+        import cupy
 
-    from gpudbn import cuda
+        from gpudbn import cuda
 
-    results = kernels.Results(given.out, {"machine": kernels.environment(False)})
-    with results.attempt(what="ceilings"):
-        results.content["ceilings"] = kernels.ceilings(cupy, None, False)
-        print(results.content["ceilings"], flush=True)
-    run(results, CASES, cupy, cuda.gpu())
+        if not there(cuda.gpu()):
+            print(f"skipped: the device is {cuda.gpu().architecture}, and wgmma is of {ARCHITECTURE} alone")
+            return 0
+        results = kernels.Results(given.out, {"machine": kernels.environment(False)})
+        with results.attempt(what="ceilings"):
+            results.content["ceilings"] = kernels.ceilings(cupy, None, False)
+            print(results.content["ceilings"], flush=True)
+        run(results, CASES[: given.cases], cupy, cuda.gpu())
     return 1 if results.failed else 0
 
 

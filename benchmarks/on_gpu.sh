@@ -3,12 +3,16 @@
 #
 #     benchmarks/on_gpu.sh [OUT]        OUT: a folder, by default benchmarks/results/gpu-DATE
 #
-# In this order, each with a time limit of its own; one that fails does not stop the others:
+# In this order, the most valuable first, each with a time limit of its own; one that fails does not stop the others:
 #     environment   GPU, driver, versions, commit             OUT/environment.json
 #     tests         pytest -m gpu                             OUT/tests.log
-#     kernels       times beside plain CuPy and PyTorch       OUT/kernels.json, OUT/kernels.log
+#     updates       an update by every path, beside PyTorch and rbms; launches, barriers        OUT/updates.json
 #     training      test error and time                       OUT/run/, OUT/training.log
-# At the end OUT/table.md is written and printed. The exit code is 0 if everything passed, else 1.
+#     kernels       each kernel beside plain CuPy and PyTorch OUT/kernels.json
+#     large         wgmma kernels beside cuBLAS, on Hopper    OUT/large.json
+#     sanitizer     memcheck and racecheck at toy sizes, where compute-sanitizer is there and allowed
+# After each step OUT/table.md and OUT/results.json, which holds everything, are written anew; at the end the table is
+# printed. The exit code is 0 if everything passed, else 1.
 #
 #     GPUDBN_WHEELS    a folder of wheels that the machine lacks; put first on Python's path, not installed
 #     GPUDBN_MNIST     a folder with MNIST's four IDX files; without it the built-in digits are trained on
@@ -45,6 +49,7 @@ step() {
         echo "== $name failed: exit $code"
         failed=1
     fi
+    "$python" -m benchmarks.kernels --table "$out" >"$out/table.md"
 }
 
 # Wheels are zip files, and unpacking them needs no pip; but pip refuses those for another Python.
@@ -58,10 +63,22 @@ unpack() {
         for wheel in "${found[@]}"; do "$python" -m zipfile -e "$wheel" "$wheels" || return 1; done
     fi
 }
-export -f unpack
-export python wheels
+# Skipped where the tool is not there, or cannot even watch a program that does nothing: containers may forbid it.
+sanitize() {
+    local tool check code=0
+    tool=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer) ||
+        { echo "skipped: no compute-sanitizer here"; return 0; }
+    "$tool" --error-exitcode 9 "$python" -c 'import cupy; cupy.zeros(1)' ||
+        { echo "skipped: compute-sanitizer is not allowed to watch here"; return 0; }
+    for check in memcheck racecheck; do
+        "$tool" --tool "$check" --error-exitcode 9 "$python" -m benchmarks.kernels --small --out "$out/$check.json" || code=1
+    done
+    return "$code"
+}
+export -f unpack sanitize
+export python wheels out
 
-[ -z "${GPUDBN_WHEELS:-}" ] || GPUDBN_STEPS= step wheels 30 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
+[ -z "${GPUDBN_WHEELS:-}" ] || GPUDBN_STEPS= step wheels 20 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
 
 toy=()
 # only files with such tests: the others may want packages that are not here
@@ -77,12 +94,15 @@ else
     [ -z "${GPUDBN_MNIST:-}" ] || training=(--device gpu --config benchmarks/mnist.toml --data "$GPUDBN_MNIST")
 fi
 
-step environment 45 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
-step tests 230 "$python" "${tests[@]}"
-step kernels 140 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
+step environment 20 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
+step tests 150 "$python" "${tests[@]}"
+step updates 120 "$python" -m benchmarks.updates ${toy[@]+"${toy[@]}"} --out "$out/updates.json"
 case " ${GPUDBN_STEPS:-training} " in *" training "*) rm -rf "$out/run" ;; esac
-step training 120 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
+step training 70 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
+step kernels 110 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
+step large 40 "$python" -m benchmarks.large ${toy[@]+"${toy[@]}"} --cases 1 --out "$out/large.json"
+step sanitizer 60 bash -c sanitize
 
 echo
-"$python" -m benchmarks.kernels --table "$out" | tee "$out/table.md"
+cat "$out/table.md"
 exit $failed

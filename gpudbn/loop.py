@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -324,14 +325,18 @@ class Training:
         positions = feed.begin(np.arange(len(feed.rows)))
         for path in rivals:
             try:
-                with span(f"trial of {path.name}"), without_kernels(path.name == "unfused"):
-                    times[path.name] = self._trial(path, feed, positions, count) / count
+                with span(f"trial of {path.name}"), self.trial(path, feed, positions, count) as turn:
+                    times[path.name] = trials.timed(self.dbn.xp, turn) / count
             except Exception as error:  # whatever it is, the others may do
                 failed[path.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         return times, failed
 
-    def _trial(self, path: Path, feed: Feed, positions: Any, count: int) -> float:
-        """Microseconds of a turn of so many updates by a path, of a layer and chains that are thrown away."""
+    @contextmanager
+    def trial(self, path: Path, feed: Feed, positions: Any, count: int) -> Iterator[Callable[[], None]]:
+        """A turn of so many updates of the current layer by a path, on parameters and chains that are thrown away.
+
+        To be called again and again: for each buffer of the feed the first is launched one by one, the second captured.
+        """
         s, xp, rbm = self.settings, self.dbn.xp, self.dbn.layers[self.index]
         low, high = self._chain_range(s.batch)
         scratch = RBM(rbm.n, rbm.m, xp, rbm.shards)
@@ -341,13 +346,14 @@ class Training:
         other.dbn, other.paths, other.position = copy.copy(self.dbn), [path] * self.phases, 0
         other.dbn.layers = [*self.dbn.layers[: self.index], scratch]
         chains = xp.zeros((high - low, rbm.width), np.float32) if s.method == "pcd" else None
-        phase = other._kind()(other.dbn, self.index, s, rows=self._widest(s.batch), chains=chains)
-        phase.begin_epoch(0)
-        other.graphs = other._make_graphs(phase, feed)
-        try:
-            return trials.timed(xp, lambda: other._run_turn(phase, feed, positions, count))
-        finally:
-            other.graphs = None  # it knows the run that has it: their memory would wait for the collector
+        with without_kernels(path.name == "unfused"):
+            phase = other._kind()(other.dbn, self.index, s, rows=self._widest(s.batch), chains=chains)
+            phase.begin_epoch(0)
+            other.graphs = other._make_graphs(phase, feed)
+            try:
+                yield lambda: other._run_turn(phase, feed, positions, count)
+            finally:
+                other.graphs = None  # it knows the run that has it: their memory would wait for the collector
 
     def _fits(self, index: int) -> bool:
         """Whether the parameters of a layer fit on the chip of this GPU."""

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -426,6 +427,9 @@ def parameters(function):
 # ------------------------------------------------------------------------------------------ benchmarks/on_gpu.sh
 
 
+STEPS = ("environment", "tests", "updates", "training", "kernels", "large", "sanitizer")
+
+
 def rehearsal(out, **variables):
     """The script at toy sizes."""
     given = {"GPUDBN_REHEARSE": "1", "GPUDBN_PATIENCE": "5", "PYTHON": sys.executable, **variables}
@@ -446,12 +450,27 @@ def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):
     assert {row["by"] for row in found["rows"] if row["what"] == "half_step"} >= {
         f"kernels, {precision}" for precision in ("bf16", "bf16x2", "tf32")}
     assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in found["rows"])
+    updates = json.loads((out / "updates.json").read_text())
+    assert {(row["what"], row["by"]) for row in updates["rows"]} >= {
+        (what, f"{path}, last h mean") for what in ("CD-1", "PCD-1", "CD-10")
+        for path in ("unfused, fp32", "fused, bf16x2", "graph, bf16x2", "graph, bf16", "persistent, bf16x2")}
+    assert [reason.partition(" ")[0] for reason in updates["refused"]] == ["CD-1", "PCD-1", "CD-10"], "wgmma"
+    assert set(updates["latency"]) >= {"graph node", "grid barrier"}
+    everything = json.loads((out / "results.json").read_text())
+    assert everything["updates"] == updates
+    assert everything["kernels"] == found
+    assert everything["training"][-1]["phase"] == "report"
     table = (out / "table.md").read_text()
     assert table in done.stdout
     assert "rehearsal" in table
     assert not found["failures"]
-    for step in ("environment", "tests", "kernels", "training"):
+    assert not updates["failures"]
+    for step in STEPS:
         assert f"| {step} | passed |" in table
+    assert "skipped: the device is sm_80" in (out / "large.log").read_text()
+    assert "skipped: " in (out / "sanitizer.log").read_text()
+    limits = re.findall(r"step \w+ (\d+) ", (ROOT / "benchmarks" / "on_gpu.sh").read_text())
+    assert sum(map(int, limits)) < 600, "under ten minutes"
 
 
 def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
@@ -535,10 +554,10 @@ def test_the_counts_of_a_run_on_the_chip():
 
 def test_a_failing_step_is_told_and_does_not_stop_the_others(tmp_path):
     out = tmp_path / "results"
-    done = rehearsal(out, GPUDBN_WHEELS=str(tmp_path / "none"))
+    done = rehearsal(out, GPUDBN_WHEELS=str(tmp_path / "none"), GPUDBN_STEPS="environment training large")
     assert done.returncode == 1
     table = (out / "table.md").read_text()
     assert "| wheels | failed: exit 1 |" in table
     assert "GPUDBN_WHEELS: must be a folder of wheels" in done.stdout
-    for step in ("environment", "tests", "kernels", "training"):
-        assert f"| {step} | passed |" in table
+    for step in STEPS:
+        assert (f"| {step} | passed |" in table) == (step in ("environment", "training", "large"))

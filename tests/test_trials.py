@@ -34,7 +34,7 @@ def forgotten(monkeypatch):
 @contextmanager
 def timing(*order):
     """A pretended device on which trials find these paths slower and slower; yields it and the paths that are tried."""
-    tried, true = [], Training._trial
+    tried, true = [], Training.trial
 
     def trial(self, path, *rest):
         tried.append(path.name)
@@ -43,7 +43,7 @@ def timing(*order):
     with installed() as device, pytest.MonkeyPatch.context() as patch:
         now = itertools.count()  # each event is so many microseconds after the one before it
         device.clock = lambda: next(now) * 2e-6 * (1 + order.index(tried[-1]))
-        patch.setattr(Training, "_trial", trial)
+        patch.setattr(Training, "trial", trial)
         yield device, tried
 
 
