@@ -122,7 +122,7 @@ class DBN:
         """Mean-field activations of layer ``layers`` (default: the top). Array (B, n) -> (B, m), float32."""
         x = self.prepare(v)
         for rbm in self.layers[:layers]:
-            x = self.shards.gather(rbm.hidden_given_visible(x))
+            x = self.shards.gather(rbm.hidden_given_visible(x), rbm.m)
         return x
 
     def down(self, h: Array, layers: int | None = None) -> Array:
@@ -173,7 +173,7 @@ class DBN:
             v = self.prepare(start)
             for layer, rbm in enumerate(self.layers[:-1]):
                 h = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
-                v = self.shards.gather(h)
+                v = self.shards.gather(h, rbm.m)
         depth = len(self.layers)
         for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):
             v = state
@@ -214,7 +214,7 @@ class DBN:
         for i, rbm in enumerate(self.layers):
             y = self.xp.empty((len(x), rbm.width), np.float32)
             twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"])
-            x = self.shards.gather(y) if i + 1 < top else y
+            x = self.shards.gather(y, rbm.m) if i + 1 < top else y
         logits = x @ net[f"W{top}"]
         self.shards.sum_(logits)
         twins.categorical(None, logits, logits, net[f"c{top}"], logits.shape[1])
@@ -301,11 +301,12 @@ class DBN:
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ..., autoencoder.W0."""
         found = {}
-        for name, array, cut, _ in self._places():
+        for name, array, cut, shape in self._places():
             axis = next((i for i, part in enumerate(cut) if part != slice(None)), None)
             whole = to_cpu(array)
             if axis is not None and self.shards.count > 1:
-                whole = np.moveaxis(self.shards.gather(np.ascontiguousarray(np.moveaxis(whole, axis, -1))), -1, axis)
+                moved = np.ascontiguousarray(np.moveaxis(whole, axis, -1))
+                whole = np.moveaxis(self.shards.gather(moved, shape[axis]), -1, axis)
             found[name] = whole
         return found
 

@@ -85,6 +85,7 @@ class FinetunePhase(Phase):
                                        history=settings.history)
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
+        self.units = [*dbn.sizes[1:], *([0] * (self.depth - len(dbn.layers)))]  # of a level, here and elsewhere
         # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
         cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
         self.losses = self.xp.empty(rows, np.float32)
@@ -131,7 +132,7 @@ class FinetunePhase(Phase):
             if piece is not None:
                 self._drop(a[i + 1], i + 1, piece)
             if i + 1 < self.depth:
-                inputs.append(self.shards.gather(a[i + 1], out=wholes[i] if wholes else None))
+                inputs.append(self.shards.gather(a[i + 1], self.units[i], out=wholes[i] if wholes else None))
         self.xp.matmul(a[-2], self.net[f"W{self.depth}"], out=a[-1])
         self.shards.sum_(a[-1])
         return [*inputs, a[-2]]

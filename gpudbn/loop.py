@@ -240,7 +240,7 @@ class Training:
                 self.position = end
                 if self.progress:
                     self.progress(end, count)
-                if self.interrupt and self.exchange.replicas == 1 and end < count:
+                if self.interrupt and self.exchange.alone and end < count:
                     self.seconds += self.exchange.clock() - started
                     return None
         self.exchange.meet(phase.parameters)
@@ -547,11 +547,16 @@ class Training:
                 own |= self._collected({"phase.chains": to_cpu(self.phase.chains)})
             if self.best_parameters is not None:
                 own["phase.best"] = to_cpu(self.best_parameters)
+        shards = self.dbn.shards
+        if shards.count > 1 and self.exchange.replica == 0:
+            own = {f"{name}#{part}": each for name, array in own.items()
+                   for part, each in enumerate(shards.collect(array) or [])}
         if not self.exchange.chief:
             return None
         return found | own, {"index": self.index, "epoch": self.epoch, "position": self.position,
                              "updates": self.updates, "best": self.best, "seconds": self.seconds,
-                             "replicas": self.exchange.replicas, "shards_rows": self.exchange.shards_rows}
+                             "replicas": self.exchange.replicas, "shards_rows": self.exchange.shards_rows,
+                             "shards": shards.count}
 
     def _collected(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         every = {name: self.exchange.collect(array) for name, array in own.items()}
@@ -565,15 +570,19 @@ class Training:
         UserError
             If the run had another number of replicas on rows of their own, whose velocities and chains are their own.
         """
-        shards = self.exchange.shards_rows
-        if meta["shards_rows"] != shards or (shards and meta["replicas"] != self.exchange.replicas):
-            was = f"{meta['replicas']} replicas" + (" on rows of their own" if meta["shards_rows"] else "")
+        shards, part = self.exchange.shards_rows, self.dbn.shards
+        if (meta["shards_rows"], meta.get("shards", 1)) != (shards, part.count) or (
+                shards and meta["replicas"] != self.exchange.replicas):
+            was = (f"{meta['replicas']} replicas" + (" on rows of their own" if meta["shards_rows"] else "") +
+                   (f" in {meta['shards']} parts each" if meta.get("shards", 1) > 1 else ""))
             raise UserError(f"--resume: must have the ranks it was started with; got {self.exchange.replicas} "
                             f"replicas for a run with {was}. Use the same mpirun -n")
         self.index, self.epoch, self.position = meta["index"], meta["epoch"], meta["position"]
         self.updates, self.best, self.seconds = meta["updates"], meta["best"], meta["seconds"]
         self.dbn.set_arrays({name: a for name, a in arrays.items() if not name.startswith("phase.")})
         kept: dict[str, np.ndarray] = {}
+        arrays = {name.partition("#")[0]: array for name, array in arrays.items()
+                  if name.partition("#")[2] in ("", str(part.index))}
         for name in sorted(arrays):
             if not name.startswith("phase."):
                 continue

@@ -19,6 +19,7 @@ from gpudbn.errors import UserError
 from gpudbn.feed import AT_ONCE
 from gpudbn.precision import chosen
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
+from gpudbn.shards import EDGE
 
 FLOAT = 4
 RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
@@ -31,14 +32,16 @@ MEASURED = 250  # rows measured at once: blocks of constant size, whose sums do 
 def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str, int]:
     """Bytes by what they are for, at the phase that needs most. ``sizes`` are the data's columns, then ``--layers``."""
     s, depth = settings, len(sizes) - 1
-    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
+    own = [min(m, EDGE * -(-m // (EDGE * s.shards))) for m in sizes[1:]]  # hidden units of the largest part
+    pairs = list(zip(sizes[:-1], own, strict=True))
+    layers = [n * m + n + m for n, m in pairs]
     kept = FLOAT * sum(layers)
     pieces = BLOCKS if s.order == "fixed" else 1  # of a batch
     copies = {"bf16": 2, "bf16x2": 4}.get(chosen(s.precision, tensor_cores=True), 0)  # bytes a weight, by wgmma
     copies *= s.kernels in ("auto", "predicted", "wgmma")
     plain = s.kernels == "unfused" or (s.kernels == "auto" and chosen(s.precision, tensor_cores=True) == "fp32")
     phases = []
-    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+    for i, (n, m) in enumerate(pairs):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
         # velocity, and two while paths are timed or initial weights are made; or the sums of the pieces, and of all
         vectors = 3 + plain if pieces == 1 else pieces + 2
@@ -49,6 +52,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
         widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
         network = sum(n * m + m for n, m in itertools.pairwise(widths))
+        if s.shards > 1:
+            network = sum(n * m + m for n, m in [*pairs, (own[-1], classes)])
         # of the step rule, or what a batch optimiser names; then the gradient, and the best parameters
         state = {"adam": 2, "lbfgs": 2 * s.history + 8, "cg": 6}.get(s.optimiser, 1)
         vectors = 2 + state + (1 if pieces == 1 else pieces + 1)

@@ -171,7 +171,7 @@ class LayerPhase(Phase):
                 rbm.up(h, None, x, site=site(Purpose.UP, layer), **address)
             else:
                 rbm.up(None, h, x)
-            x = self.dbn.shards.gather(h, out=y)
+            x = self.dbn.shards.gather(h, rbm.m, out=y)
 
     def _fill(self, rows: Source, piece: Piece) -> tuple[Array, Array]:
         count = len(piece.positions)

@@ -12,6 +12,8 @@ gradients of a shard's own parameters need nothing from others. Dean et al. (201
 
 from __future__ import annotations
 
+import numpy as np
+
 from gpudbn.arrays import Array
 from gpudbn.errors import UserError
 
@@ -30,8 +32,8 @@ class Shards:
     index = 0
     count = 1
 
-    def mine(self, m: int) -> slice:
-        """Which of a layer's ``m`` hidden units this shard holds.
+    def mine(self, m: int, index: int | None = None) -> slice:
+        """Which of a layer's ``m`` hidden units this shard holds, or the one of that index.
 
         Raises
         ------
@@ -42,19 +44,21 @@ class Shards:
         if pieces < self.count:
             raise UserError(f"shards: a layer must have at least {EDGE * (self.count - 1) + 1} hidden units for "
                             f"{self.count} shards; got {m}. Take fewer shards or larger layers")
-        low, high = (EDGE * (pieces * i // self.count) for i in (self.index, self.index + 1))
+        index = self.index if index is None else index
+        low, high = (EDGE * (pieces * i // self.count) for i in (index, index + 1))
         return slice(low, min(high, m))
 
     def sum_(self, array: Array) -> None:
         """array <- its sum over all shards: the same array on each. C-contiguous, of one shape everywhere."""
 
-    def gather(self, part: Array, out: Array | None = None) -> Array:
+    def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
         """All shards' columns side by side: arrays (..., own) -> (..., m), the same on each shard.
 
         Parameters
         ----------
         part : array (..., own)
-            This shard's columns.
+            This shard's columns, those of ``mine(m)``.
+        m : int
         out : array (..., m), optional
             Where to put them, if they have to be put together; not used by a shard that has all.
 
@@ -63,8 +67,12 @@ class Shards:
         array (..., m)
             ``part`` itself if there is one shard.
         """
-        _ = out
+        _ = m, out
         return part
+
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
+        """The arrays of all shards in order, of any shapes, on the first; None elsewhere."""
+        return [array]
 
 
 WHOLE = Shards()

@@ -112,7 +112,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
 
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     sums = exchange.choose_collectives(settings.collectives, xp)
-    dbn = DBN([data.train.n, *settings.layers], xp)
+    dbn = together(lambda: DBN([data.train.n, *settings.layers], xp, exchange.shards))
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
     show = _Show(settings, exchange)
     rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp))
@@ -131,7 +131,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         run = together(lambda: Run.create(path, settings.to_toml()) if exchange.chief else None)
     show.beginning(dbn, data, labelled, "; ".join(filter(None, (place, where, sums))), run)
 
-    if exchange.replicas == 1:
+    if exchange.alone:
         _interruptible(training)
     saver = _Saver(training, exchange, run, settings.checkpoint_seconds)
     last: dict[str, Any] = {}
@@ -154,9 +154,10 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         show.say(f"interrupted; everything is saved. Go on with: {show.launch} --resume {run.path}")
         return 130
     reports = exchange.reports()
+    model = dbn.arrays() if run is not None or dbn.shards.count > 1 else {}
     if run is not None:
         assert reports is not None
-        run.save_model(dbn.arrays(), dbn.about_file())
+        run.save_model(model, dbn.about_file())
         run.record(phase="report", ranks=[{k: v for k, v in r.items() if k != "timeline"} for r in reports])
         pictures = _draw(run, dbn, labelled or data, reports, np) if settings.plots == "on" else []
         show.ending(run, last, pictures)
@@ -218,11 +219,13 @@ class _Show:
         if run is None:
             return
         e, s = self.exchange, self.settings
-        how = "one process" if e.replicas == 1 else f"{e.replicas} " + {
+        how = "one process" if e.alone else f"{e.replicas} " + {
             "sync": "synchronous replicas",
             "async": "asynchronous replicas around " + (
                 "a parameter server" if s.servers == 1 else f"{s.servers} parameter servers"),
             "local": f"replicas that meet every {s.period} updates ({s.outer})"}[s.mode]
+        if e.shards.count > 1:
+            how += f", each in {e.shards.count} parts"
         self.say(f"network  {dbn.describe()}")
         self.say(f"data     {data.describe()}")
         if labelled is not None:
@@ -275,12 +278,29 @@ class _Show:
 def _draw(run: Run, dbn: DBN, data: DataSet, reports: list[dict[str, Any]], np: Any) -> list[str]:
     """The pictures of a run; their names. Without Matplotlib none, and a line that says so."""
     from gpudbn import plots
-    from gpudbn.arrays import to_cpu
 
     missing = plots.available()
     if missing:
         print(f"no pictures: {missing}", flush=True)
         return []
+    # of a model in parts, each rank has its own only
+    names = _draw_model(run, dbn, data, np) if dbn.shards.count == 1 else []
+    plots.curves(run.plot("curves"), [r for r in run.records() if "epoch" in r])
+    names.append("curves")
+    if len(reports) > 1:
+        plots.timeline(run.plot("timeline"), reports)
+        names.append("timeline")
+    if any("staleness" in report for report in reports):
+        plots.staleness(run.plot("staleness"), reports)
+        names.append("staleness")
+    return names
+
+
+def _draw_model(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
+    """What the model learned and makes of test rows."""
+    from gpudbn import plots
+    from gpudbn.arrays import to_cpu
+
     shape = data.image_shape
     rows = data.test if len(data.test) else data.train
     count = min(64, len(rows))
@@ -296,18 +316,11 @@ def _draw(run: Run, dbn: DBN, data: DataSet, reports: list[dict[str, Any]], np: 
     plots.samples(run.plot("samples"), to_cpu(dbn.sample(count, steps=200, start=shown)), shown, shape,
                   "Samples: 200 Gibbs steps in the top layer, from the data")
     plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(_back(dbn, shown[:20])), shape)
-    plots.curves(run.plot("curves"), [r for r in run.records() if "epoch" in r])
-    names += ["samples", "reconstructions", "curves"]
+    names += ["samples", "reconstructions"]
     if dbn.classifier is not None and rows.labels is not None:
         predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
         plots.confusion(run.plot("confusion"), rows.take_labels(np.arange(len(rows))), predicted, data.classes)
         names.append("confusion")
-    if len(reports) > 1:
-        plots.timeline(run.plot("timeline"), reports)
-        names.append("timeline")
-    if any("staleness" in report for report in reports):
-        plots.staleness(run.plot("staleness"), reports)
-        names.append("staleness")
     return names
 
 

@@ -86,7 +86,7 @@ def test_a_layer_is_trained_on_rows_taken_up_through_the_layers_below(layer, bin
     ("none", "sample", "\"update\": piece.update, \"row\": piece.row,", "\"update\": 0, \"row\": piece.row,"),
     ("none", "sample", "if s.up == \"sample\":", "if False:"),
     ("none", "mean", "if s.up == \"sample\":", "if True:"),
-    ("none", "mean", "x = self.dbn.shards.gather(h, out=y)", "pass"),
+    ("none", "mean", "x = self.dbn.shards.gather(h, rbm.m, out=y)", "pass"),
     ("none", "mean", "rbm.up(None, h, x)", "rbm.up(None, h, 1 - x)"),
     ("threshold", "mean", "if s.binarise == \"threshold\":", "if False:"),
     ("stochastic", "mean", "elif s.binarise == \"stochastic\":", "elif False:"),

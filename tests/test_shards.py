@@ -58,8 +58,9 @@ class Threads(Shards):
         assert all(other.shape == array.shape for other in found)
         array[...] = sum(found[1:], found[0])
 
-    def gather(self, part, out=None):
+    def gather(self, part, m, out=None):
         whole = np.concatenate(self._all(part), axis=-1)
+        assert whole.shape[-1] == m
         if out is None:
             return whole
         out[...] = whole
@@ -136,7 +137,7 @@ def test_shards_share_out_the_units_at_multiples_of_16(m, count):
 
 def test_one_shard_is_the_whole_and_nothing_crosses():
     array = np.arange(6.0).reshape(2, 3)
-    assert WHOLE.gather(array) is array
+    assert WHOLE.gather(array, 3) is array
     WHOLE.sum_(array)
     assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert WHOLE.mine(37) == slice(0, 37)
@@ -151,8 +152,9 @@ def what_a_stack_says(dbn):
     first = dbn.layers[0]
     h = first.sample_hidden(v, seed=SEED, update=3, site=77, row=5)
     down = first.sample_visible(h, seed=SEED, update=3, site=78, row=5)
-    return {"hidden": dbn.shards.gather(first.hidden_given_visible(v)), "sampled": dbn.shards.gather(h),
-            "visible": first.visible_given_hidden(h), "sampled below": down, "energy": first.energy(v, h),
+    return {"hidden": dbn.shards.gather(first.hidden_given_visible(v), first.m),
+            "sampled": dbn.shards.gather(h, first.m), "visible": first.visible_given_hidden(h),
+            "sampled below": down, "energy": first.energy(v, h),
             "free energy": first.free_energy(v), "reconstruction": first.reconstruct(v),
             "transformed": dbn.transform(v), "to the second layer": dbn.transform(v, 2),
             "reconstructed": dbn.reconstruct(v), "probabilities": dbn.predict_probabilities(v),
@@ -216,7 +218,7 @@ def a_layer_update(shards, method, k, up="sample", layer=2, **options):
         phase.offsets.begin(np.linspace(0.1, 0.9, phase.rbm.n, dtype=np.float32), 0.3)
     phase.begin_epoch(0)
     phase.update(table(), Piece(np.arange(13), 7, 3, slice(0, 13), 3, 1.0))
-    drawn = {"v": phase.contrast.v.copy(), "h": dbn.shards.gather(phase.contrast.h)}
+    drawn = {"v": phase.contrast.v.copy(), "h": dbn.shards.gather(phase.contrast.h, phase.rbm.m)}
     return dbn.arrays(), drawn, phase.measure(table(), np.arange(13))
 
 
@@ -316,7 +318,7 @@ def test_gradients_need_nothing_from_others():
     (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
     (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
      "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)", check_stack),
-    (pretrain, "x = self.dbn.shards.gather(h, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
+    (pretrain, "x = self.dbn.shards.gather(h, rbm.m, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
     (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
     (finetune, "self.shards.sum_(a[-1])", "pass", check_finetuning_update),

@@ -6,6 +6,7 @@
     wire.py        the only door to MPI: sleeping waits, staging of GPU arrays, windows, ends
     nccl.py        sums and broadcasts between GPUs
     collective.py  replicas in step, or that meet every so often
+    parts.py       the parts of one replica
     replica.py     replicas around parameter servers
     server.py      a server
     rules.py       what a server does with a change
@@ -41,8 +42,8 @@ MODES = ("sync", "async", "local")
 
 
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
-            outer: Callable[[Wire], Periodic] | None = None, push: str = "dense",
-            overlap: bool = False) -> Exchange | Server:
+            outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense",
+            overlap: bool = False, shards: int = 1) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -64,6 +65,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode async: how replicas pack their changes, see ``changes.Packing``.
     overlap : bool
         Mode async: whether replicas exchange while they compute, see ``overlap.py``.
+    shards : int
+        How many neighbouring ranks hold a replica together.
 
     Returns
     -------
@@ -98,7 +101,7 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         wire.agree("--overlap: must be off with an MPI that is for one thread alone; got on")
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    return join(wire, mode, size, rule, servers, outer, push, overlap)
+    return join(wire, mode, size, rule, servers, outer, push, overlap, shards)
 
 
 def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
@@ -115,27 +118,41 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
         raise UserError(f"--order: must be fast with --mode {mode}, {why}; got fixed. Use --mode sync")
     if settings.collectives == "nccl" and mode == "async":
         raise UserError("--collectives: must be auto or mpi with --mode async, whose replicas add nothing up; got nccl")
+    if settings.shards > 1:
+        _check_shards(settings, mode, ranks)
     from gpudbn.mpi.collective import Averaging, Elastic
     from gpudbn.mpi.rules import from_settings
 
     outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
              "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
     return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer],
-            "push": settings.push, "overlap": settings.overlap == "on"}
+            "push": settings.push, "overlap": settings.overlap == "on", "shards": settings.shards}
+
+
+def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
+    """Refuse what replicas in several parts cannot do."""
+    for name, value, good in (("mode", mode, ("sync", "local")), ("order", settings.order, ("fast",)),
+                              ("optimiser", settings.optimiser, ("adam", "adagrad", "sgd")),
+                              ("finetune", settings.finetune, ("classifier",))):
+        if value not in good:
+            raise UserError(f"--{name}: must be {' or '.join(good)} with --shards {settings.shards}; got {value}")
+    if ranks % settings.shards:
+        raise UserError(f"--shards: must divide the number of ranks; got {settings.shards} and {ranks}. "
+                        f"Start it with mpirun -n {settings.shards * max(1, ranks // settings.shards)}")
 
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
-         outer: Callable[[Wire], Periodic] | None = None, push: str = "dense",
-         overlap: bool = False) -> Exchange | Server:
+         outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense",
+         overlap: bool = False, shards: int = 1) -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
 
-        return Synchronous(wire)
+        return Synchronous(wire, shards)
     if mode == "local":
         from gpudbn.mpi.collective import Averaging
 
-        return (outer or Averaging)(wire)
+        return (outer or Averaging)(wire, shards)
     from gpudbn.mpi.overlap import Overlapped
     from gpudbn.mpi.replica import Asynchronous
     from gpudbn.mpi.rules import Compensated

@@ -16,6 +16,7 @@ from gpudbn.arrays import Array
 from gpudbn.errors import UserError
 from gpudbn.factors import Factors
 from gpudbn.mpi.tally import Tally
+from gpudbn.shards import WHOLE, Shards
 
 
 class Exchange:
@@ -28,7 +29,9 @@ class Exchange:
     local_replica : int
         My number among the replicas of this machine: chooses the GPU.
     chief : bool
-        Whether I print and write files: replica 0.
+        Whether I print and write files: replica 0, of which shard 0.
+    shards : Shards
+        The parts of my replica, if it is cut.
     cuts_batches : bool
         Whether each replica computes a slice of every global batch.
     shards_rows : bool
@@ -46,6 +49,7 @@ class Exchange:
     Every method but ``exchange`` and ``report`` is collective: all replicas call it, in the same order.
     """
 
+    shards: Shards = WHOLE
     replica = 0
     replicas = 1
     local_replica = 0
@@ -60,7 +64,12 @@ class Exchange:
 
     @property
     def chief(self) -> bool:
-        return self.replica == 0
+        return self.replica == 0 and self.shards.index == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank to wait for."""
+        return self.replicas == 1 and self.shards.count == 1
 
     def clock(self) -> float:
         """Seconds since some time in the past: the clock of the records."""
@@ -166,7 +175,7 @@ class Exchange:
         return bool(flag)
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
-        """The arrays of all replicas in order, of any shapes, on the chief; None elsewhere."""
+        """The arrays of all replicas in order, of any shapes, on replica 0; None elsewhere."""
         return [array]
 
     def agree(self, error: str | None) -> None:

@@ -18,19 +18,34 @@ import numpy as np
 from gpudbn.arrays import Array, module_of
 from gpudbn.mpi.alone import Exchange
 from gpudbn.mpi.nccl import Nccl, choose
+from gpudbn.mpi.parts import Parts
 from gpudbn.mpi.wire import Wire
 from gpudbn.tracing import span
 
 
 class Together(Exchange):
-    """Replicas on a wire on which there is nobody else."""
+    """Replicas on a wire on which there is nobody else.
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    Parameters
+    ----------
+    wire : Wire
+        The replicas; where they are cut, the same part of each.
+    parts : Wire, optional
+        The parts of my replica, if it is cut.
+    everyone : Wire, optional
+        All parts of all replicas.
+    """
+
+    def __init__(self, wire: Wire, parts: Wire | None = None, everyone: Wire | None = None) -> None:
+        self.wire, self.everyone = wire, everyone or wire
         super().__init__(wire.tally)
         self.replica, self.replicas = wire.rank, wire.size
-        self.local_replica = wire.local_rank()
-        wire.label = f"replica {self.replica} of {self.replicas}"
+        self.local_replica = self.everyone.local_rank()
+        label = f"replica {self.replica} of {self.replicas}"
+        if parts is not None:
+            self.shards = Parts(parts)
+            label += f", part {self.shards.index} of {self.shards.count}"
+        wire.label = self.everyone.label = label
 
     def clock(self) -> float:
         return self.wire.clock()
@@ -42,36 +57,31 @@ class Together(Exchange):
 
     def any(self, flag: bool) -> bool:
         count = np.array([flag], np.int64)
-        self.wire.allreduce_(count)
+        self.everyone.allreduce_(count)
         return bool(count[0])
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
-        array = np.ascontiguousarray(array)
-        kinds = self.wire.allgather_text(" ".join([array.dtype.str, *map(str, array.shape)]))
-        if not self.chief:
-            self.wire.send(array, 0)
-            return None
-        arrays = [array]
-        for source, kind in enumerate(kinds[1:], 1):
-            dtype, *shape = kind.split()
-            arrays.append(np.empty([int(length) for length in shape], dtype))
-            self.wire.recv(arrays[-1], source)
-        return arrays
+        return self.wire.collect(array)
 
     def agree(self, error: str | None) -> None:
-        self.wire.agree(error)
+        self.everyone.agree(error)
 
     def reports(self) -> list[dict[str, Any]] | None:
-        every = self.collect(np.frombuffer(json.dumps(self.report()).encode(), np.uint8))
+        every = self.everyone.collect(np.frombuffer(json.dumps(self.report()).encode(), np.uint8))
         return None if every is None else [json.loads(report.tobytes()) for report in every]
 
 
 class Peers(Together):
     """Replicas without a server: all ranks of the wire."""
 
-    def __init__(self, wire: Wire) -> None:
-        super().__init__(wire)
-        self.arrays: Wire | Nccl = wire  # what adds and broadcasts them
+    def __init__(self, wire: Wire, parts: int = 1) -> None:
+        """``parts``: how many neighbouring ranks hold a replica together."""
+        if parts == 1:
+            super().__init__(wire)
+        else:
+            mine = wire.split(wire.rank // parts)
+            super().__init__(wire.split(wire.rank % parts), mine, wire)
+        self.arrays: Wire | Nccl = self.wire  # what adds and broadcasts them
 
     def choose_collectives(self, wanted: str, xp: Any) -> str:
         self.arrays, word = choose(self.wire, wanted, xp)
@@ -82,7 +92,7 @@ class Peers(Together):
             self.arrays.broadcast(parameters, 0)
 
     def close(self) -> None:
-        self.wire.close()
+        self.everyone.close()
 
 
 class Synchronous(Peers):
@@ -113,8 +123,8 @@ class Periodic(Peers):
 
     shards_rows = True
 
-    def __init__(self, wire: Wire) -> None:
-        super().__init__(wire)
+    def __init__(self, wire: Wire, parts: int = 1) -> None:
+        super().__init__(wire, parts)
         self.meetings = 0
 
     def _sum_(self, changes: Array) -> None:
@@ -145,8 +155,8 @@ class Averaging(Periodic):
     rate, momentum : float
     """
 
-    def __init__(self, wire: Wire, rate: float = 1.0, momentum: float = 0.0) -> None:
-        super().__init__(wire)
+    def __init__(self, wire: Wire, parts: int = 1, *, rate: float = 1.0, momentum: float = 0.0) -> None:
+        super().__init__(wire, parts)
         self.rate, self.momentum = rate, momentum
         self._velocity: Array | None = None
 
@@ -192,8 +202,8 @@ class Elastic(Periodic):
         The paper's beta.
     """
 
-    def __init__(self, wire: Wire, elasticity: float = 0.9) -> None:
-        super().__init__(wire)
+    def __init__(self, wire: Wire, parts: int = 1, *, elasticity: float = 0.9) -> None:
+        super().__init__(wire, parts)
         self.a = np.float32(elasticity / self.replicas)
         self._centre = self._own = np.zeros(0, np.float32)
 

@@ -232,6 +232,12 @@ class Wire:
         self._count(sent=array.nbytes, received=everything.nbytes)
         return everything
 
+    def allgather_(self, arrays: Array) -> None:
+        """arrays[r] = that of rank r, for all r, in place: shape (size, ...), of which each rank has filled its own."""
+        with self.tally.timing("transferring"), self.staging.host(arrays, read=True, write=True) as host:
+            self._wait(self.comm.Iallgather(self.mpi.IN_PLACE, host))
+        self._count(sent=arrays[0].nbytes, received=arrays.nbytes)
+
     def send(self, array: Array, to: int, tag: int = 0) -> None:
         """Give an array to a rank that calls ``recv``."""
         with self.tally.timing("transferring"), self.staging.host(array, read=True) as host:
@@ -298,6 +304,20 @@ class Wire:
                     took = self.clock() - asked
                     if took < best:
                         best, self.tally.offset = took, float(answer[0]) - asked - took / 2
+
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
+        """The arrays of all ranks in order, of any shapes and types, on rank 0; None elsewhere."""
+        array = np.ascontiguousarray(array)
+        kinds = self.allgather_text(" ".join([array.dtype.str, *map(str, array.shape)]))
+        if self.rank:
+            self.send(array, 0)
+            return None
+        arrays = [array]
+        for source, kind in enumerate(kinds[1:], 1):
+            dtype, *shape = kind.split()
+            arrays.append(np.empty([int(length) for length in shape], dtype))
+            self.recv(arrays[-1], source)
+        return arrays
 
     def agree(self, error: str | None) -> None:
         """Raise on every rank if one of them has an error; where it is not everyone's, it says whose.

@@ -1,0 +1,49 @@
+"""The parts of one replica: the two seams of ``shards.py`` over a wire, a sum and a gather.
+
+What crosses are activations and errors of the rows of a minibatch, never weights. GPU arrays go the way that the
+wire takes them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpudbn.arrays import Array, module_of
+from gpudbn.mpi.wire import Wire
+from gpudbn.shards import Shards
+from gpudbn.tracing import span
+
+
+class Parts(Shards):
+    """One of several ranks that hold a replica together.
+
+    Parameters
+    ----------
+    wire : Wire
+        These ranks, in the order of their hidden units.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire, self.index, self.count = wire, wire.rank, wire.size
+
+    def sum_(self, array: Array) -> None:
+        with span("sum of parts"):
+            self.wire.allreduce_(array)
+
+    def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
+        """See ``Shards.gather``. Parts are up to 16 columns wider than others: all travel as wide as the widest."""
+        xp = module_of(part)
+        mine = [self.mine(m, index) for index in range(self.count)]
+        widest = max(columns.stop - columns.start for columns in mine)
+        if out is None:
+            out = xp.empty((*part.shape[:-1], m), part.dtype)
+        with span("gather of parts"):
+            padded = xp.zeros((self.count, *part.shape[:-1], widest), part.dtype)
+            padded[self.index, ..., : part.shape[-1]] = part
+            self.wire.allgather_(padded)
+            for index, columns in enumerate(mine):
+                out[..., columns] = padded[index, ..., : columns.stop - columns.start]
+        return out
+
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
+        return self.wire.collect(array)
