@@ -17,7 +17,7 @@ from gpudbn.arrays import Array, module_of
 from gpudbn.factors import Factors
 from gpudbn.mpi import changes
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import BEGIN, FAIL, FINISH, REPORT, Header, cuts
+from gpudbn.mpi.server import BEGIN, FAIL, FINISH, KEEP, REPORT, RESTORE, Header, cuts
 from gpudbn.mpi.staged import ANSWER, CONTROL, ReplicaEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
@@ -55,6 +55,22 @@ class Link:
     def tell(self, kind: int) -> None:
         """A control message without a size."""
         self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
+
+    def state(self, size: int) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps of the server's rule: arrays of its shard's size. For one replica to ask."""
+        self.tell(KEEP)
+        state = {name: np.empty(size, np.float32) for name in self.wire.recv_text(0).split()}
+        for array in state.values():
+            self.wire.recv(array, 0, ANSWER)
+        return state
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Give the server's rule back what ``state`` gave."""
+        self.tell(RESTORE)
+        self.wire.send_text(" ".join(state), 0)
+        for array in state.values():
+            self.wire.send(array, 0, CONTROL)
+        self.wire.recv(np.zeros(2, np.int64), 0, ANSWER)
 
     def report(self) -> dict[str, Any]:
         """What the server did so far: see ``Server.report``. For one replica to ask."""
@@ -136,6 +152,23 @@ class Asynchronous(Together):
             for link, part in zip(self.links, self._cuts, strict=True):
                 link.begin(parameters[part])
         self._pull_together(parameters)
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What the servers' rules keep. The chief gets it; what 16 bits have rounded away of changes is let go."""
+        found: dict[str, Array] = {}
+        if self.chief:
+            for link, part in zip(self.links, self._cuts, strict=True):
+                for name, array in link.state(part.stop - part.start).items():
+                    found.setdefault(f"server.{name}", np.zeros(self._cuts[-1].stop, np.float32))[part] = array
+        self.wire.barrier()
+        return found, {}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        state = {name.removeprefix("server."): array for name, array in arrays.items() if name.startswith("server.")}
+        if self.chief and state:
+            for link, part in zip(self.links, self._cuts, strict=True):
+                link.restore({name: array[part] for name, array in state.items()})
+        self.wire.barrier()  # nobody pushes before
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
         change = before  # its memory: the old values are needed no more

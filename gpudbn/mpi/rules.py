@@ -45,6 +45,12 @@ class Steps:
         self._parameters: Array | None = None
         self._rule: Any = None
 
+    def state(self, parameters: Array) -> dict[str, Array]:
+        """What the rule keeps for these parameters."""
+        self._rate(parameters, 0)
+        state: dict[str, Array] = self._rule.state
+        return state
+
     def _rate(self, parameters: Array, staleness: int) -> float:
         """The rate of one step, for which the rule of these parameters is ready."""
         if parameters is not self._parameters:
@@ -105,6 +111,10 @@ class Compensated:
         self.rule(parameters, self._compensated(parameters, change, self._bases[replica]), staleness)
         self._bases[replica] += change  # as the replica has done
 
+    def state(self, parameters: Array) -> dict[str, Array]:
+        """The mean square, and what the rule keeps."""
+        return {"mean_square": self._square, **state_of(self.rule, parameters)}
+
     def _compensated(self, parameters: Array, change: Array, base: Array) -> Array:
         xp, square, work, out = module_of(parameters, change), self._square, self._work, self._change
         xp.multiply(change, change, out=out)
@@ -118,6 +128,11 @@ class Compensated:
         out *= self.strength
         out += change
         return out
+
+
+def state_of(rule: Rule, parameters: Array) -> dict[str, Array]:
+    """What a checkpoint has to keep of a rule: arrays (size,), float32, to be modified in place."""
+    return rule.state(parameters) if isinstance(rule, Steps | Compensated) else {}
 
 
 def from_settings(settings: Settings) -> Rule:

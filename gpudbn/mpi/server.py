@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from gpudbn.mpi import changes
-from gpudbn.mpi.rules import Compensated, Rule, add
+from gpudbn.mpi.rules import Compensated, Rule, add, state_of
 from gpudbn.mpi.staged import ANSWER, ASK, CONTROL, ServerEnd
 from gpudbn.mpi.wire import AgreedError, Wire
 from gpudbn.tracing import span
 
-BEGIN, FINISH, FAIL, REPORT = 1, 2, 3, 4  # first word of a control message; the second is a size
+BEGIN, FINISH, FAIL, REPORT, KEEP, RESTORE = 1, 2, 3, 4, 5, 6  # first word of a control message; the second is a size
 LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
 LINE = 16  # float32 of a cache line
 STALENESS = 32  # entries of the histogram, and two for each replica; the last counts all that are staler
@@ -174,6 +174,16 @@ class Server:
             self.wire.send(message, source, ANSWER)
         elif kind == REPORT:
             self.wire.send_text(json.dumps(self.report()), source)
+        elif kind == KEEP:
+            state = state_of(self.rule, self._parameters)
+            self.wire.send_text(" ".join(state), source)
+            for array in state.values():
+                self.wire.send(array, source, ANSWER)
+        elif kind == RESTORE:
+            state = state_of(self.rule, self._parameters)
+            for name in self.wire.recv_text(source).split():
+                self.wire.recv(state[name], source, CONTROL)
+            self.wire.send(message, source, ANSWER)
         elif kind == FAIL:
             raise AgreedError(self.wire.recv_text(source))
         return kind == FINISH

@@ -9,10 +9,12 @@ import pytest
 
 from gpudbn import optimiser, reference
 from gpudbn.errors import UserError
-from gpudbn.mpi import rules, server
+from gpudbn.mpi import join, replica, rules, server
 from gpudbn.mpi.rules import Compensated, Steps, add, from_settings
+from gpudbn.mpi.server import Server
 from gpudbn.settings import Settings
 from tests.helpers import assert_close, assert_notices
+from tests.mpi.test_collective import together
 from tests.mpi.test_protocol import Job
 
 
@@ -159,3 +161,56 @@ def test_what_servers_do_is_refused_where_there_are_none(other):
     for mode in ("sync", "local"):
         with pytest.raises(UserError, match=f"^--mode: must be async with --.*; got {mode}$"):
             Settings(mode=mode, **other)
+
+
+def check_resumed(settings, servers=2, size=37):
+    """What servers keep goes to the chief and comes back: they go on as if never stopped."""
+    rng = np.random.default_rng(3)
+    changes = [rng.standard_normal(size).astype(np.float32) for _ in range(6)]
+
+    def run(wire, state=None, start=None, first=0):
+        exchange = join(wire, "async", size, from_settings(settings), servers)
+        if isinstance(exchange, Server):
+            return exchange.serve()
+        p = np.zeros(size, np.float32) if start is None else start.copy()
+        exchange.begin(p)
+        if state is not None:
+            exchange.restore(state)
+        kept = None
+        for number, change in list(enumerate(changes))[first:]:
+            before = p.copy()
+            p += change
+            exchange.exchange(p, before)
+            exchange.meet(p)
+            if number == 2:
+                kept = exchange.state()[0], p.copy()
+        exchange.close()
+        return p, kept
+
+    *_, (whole, (state, half)) = together(servers + 1, run)
+    *_, (resumed, _) = together(servers + 1, lambda wire: run(wire, state, half, 3))
+    assert np.array_equal(resumed, whole)
+    *_, (forgotten, _) = together(servers + 1, lambda wire: run(wire, {}, half, 3))
+    assert not np.array_equal(forgotten, whole)
+    return set(state)
+
+
+@pytest.mark.parametrize(("options", "names"), [
+    ({"server_rule": "momentum"}, {"velocity"}), ({"server_rule": "adagrad"}, {"squares"}),
+    ({"server_rule": "adagrad", "staleness": "compensate"}, {"squares", "mean_square"})])
+def test_what_servers_keep_is_kept_by_a_checkpoint(options, names):
+    assert check_resumed(Settings(**options)) == {f"server.{name}" for name in names}
+
+
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (replica, "name: array[part] for", "name: array[: part.stop - part.start] for"),
+    (server, "self.wire.recv(state[name], source, CONTROL)", "self.wire.recv(state[name].copy(), source, CONTROL)"),
+    (rules, "self._parameters, self._rule = parameters, self.make(parameters)", "self._rule = self.make(parameters)"),
+])
+def test_what_is_not_taken_up_again_is_noticed(module, line, fault):
+    assert_notices(lambda: check_resumed(Settings(server_rule="adagrad")), module, line, fault)
+
+
+def test_nothing_is_kept_of_a_rule_that_keeps_nothing():
+    assert rules.state_of(add, np.zeros(3, np.float32)) == {}
+    assert from_settings(Settings(server_rate=0.5)).state(np.zeros(3, np.float32)) == {}
