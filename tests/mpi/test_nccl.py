@@ -217,3 +217,25 @@ def test_asynchronous_replicas_have_nothing_for_it_to_add():
     with pytest.raises(UserError, match="--collectives: must be auto or mpi with --mode async"):
         chosen(Settings(collectives="nccl"), 3)
     assert chosen(Settings(collectives="nccl"), 1)["mode"] == "sync"
+
+
+@pytest.mark.gpu
+def test_one_rank_on_a_gpu():
+    """All there is to see with one GPU: the real library is called as it wants to be."""
+    import cupy
+
+    if not ours._module().available:
+        pytest.skip("CuPy finds no NCCL")
+
+    def program(wire):
+        found, word = ours.choose(wire, "nccl", cupy)
+        assert word.startswith("sums by NCCL ")
+        for dtype in (np.float32, np.float64):
+            array = cupy.arange(1_003, dtype=dtype)
+            array *= 2
+            found.allreduce_(array)
+            found.broadcast(array)
+            array += 1
+            assert np.array_equal(array.get(), 2 * np.arange(1_003, dtype=dtype) + 1)
+
+    together(1, program)
