@@ -126,6 +126,14 @@ def test_a_server_and_two_replicas_learn_the_digits(asynchronous):
     assert load(out).predict(np.zeros((2, 64))).shape == (2,)
 
 
+def test_replicas_that_exchange_while_they_compute_learn_the_digits(tmp_path):
+    train(3, "--overlap", "on", "--layers", 200, 100, "--epochs", 10, "--finetune-epochs", 20, "--out",
+          tmp_path / "run", "--plots", "off")
+    assert error_of(tmp_path / "run") < 0.1
+    report = next(r for r in records(tmp_path / "run") if r["phase"] == "report")
+    assert all(rank["beside"]["transferring"] > 0 for rank in report["ranks"] if rank["role"] == "replica")
+
+
 def test_two_servers_and_two_replicas_learn_the_digits(tmp_path):
     said = train(4, "--servers", 2, "--out", tmp_path / "run", "--plots", "off", "--finetune-epochs", 30)
     assert "2 asynchronous replicas around 2 parameter servers" in said
