@@ -2,9 +2,9 @@
 
     python -m benchmarks.simulation --data FOLDER --out results.json
 
-First costs are measured (``gpudbn.mpi.calibrate``), on no whole run. Then each way runs under mpirun, so many times, and
-once in virtual time. Servers and replicas of a real run share this machine's cores; the simulation is told how many
-there are. Both compute with one BLAS thread a rank.
+First costs are measured (``gpudbn.mpi.calibrate``), on no whole run. Then each way runs under mpirun, so many times,
+and once in virtual time. Servers and replicas of a real run share this machine's cores; the simulation is told how
+many there are. All compute with one BLAS thread a rank.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def compare(way: str, data: str, costs: Path, times: int) -> dict[str, Any]:
     given = ["--data", data, *options(SETTINGS), *more]
     mpirun = Path(sys.executable).parent / "mpirun"
     real = [run([str(mpirun), "-n", str(ranks), sys.executable, "-m", "gpudbn.train", *given]) for _ in range(times)]
-    simulated = run([sys.executable, "-m", "gpudbn.simulate", "--replicas", str(replicas), "--costs", str(costs), *given])
+    simulated = run([sys.executable, "-m", "gpudbn.simulate", "--replicas", str(replicas), "--costs", str(costs),
+                     *given])
     median = statistics.median(r["seconds"][-1] for r in real)
     return {"way": way, "real": real, "simulated": simulated, "seconds": [median, simulated["seconds"][-1]],
             "ratio": round(simulated["seconds"][-1] / median, 3)}
@@ -92,8 +93,8 @@ def main() -> None:
             results["runs"].append(found)
             given.out.write_text(json.dumps(results, indent=1) + "\n")
             real = sorted(r["seconds"][-1] for r in found["real"])
-            print(f"{way:8}  real {', '.join(f'{s:.2f}' for s in real)} s  simulated {found['seconds'][1]:.2f} s  ratio "
-                  f"{found['ratio']:.3f}  staleness real {found['real'][0]['mean_staleness']} simulated "
+            print(f"{way:8}  real {', '.join(f'{s:.2f}' for s in real)} s  simulated {found['seconds'][1]:.2f} s  "
+                  f"ratio {found['ratio']:.3f}  staleness real {found['real'][0]['mean_staleness']} simulated "
                   f"{found['simulated']['mean_staleness']}", flush=True)
 
 

@@ -11,6 +11,7 @@ What is linear in rows or bytes is measured at two sizes. A figure is the median
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -62,12 +63,12 @@ def calibrate(settings: Settings, costs: Costs | None = None, *, known: Sequence
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.toml"
         file.write_text(settings.to_toml())
-        if not {"phases", "crowding"} <= set(known):
+        if not {"phases", "crowding", "jitter"} <= set(known):
             (alone,) = _all_at_once([[sys.executable]], "compute", file)
-            phases = tuple(Compute(**phase) for phase in alone)
+            phases = tuple(Compute(**phase) for phase in alone["phases"])
             together = _all_at_once([[sys.executable]] * cores, "compute", file) if cores > 1 else [alone]
             slower = statistics.mean(_updates(one) for one in together) / _updates(alone)
-            found |= {"phases": phases, "crowding": max(0.0, slower - 1)}
+            found |= {"phases": phases, "crowding": max(0.0, slower - 1), "jitter": alone["jitter"]}
         mpirun = _mpirun()
         if mpirun and not {"copy", "message", "apply", "publish", "exchange"} <= set(known):
             (measured,) = _all_at_once([[mpirun, "-n", "2", sys.executable]], "job", file)
@@ -75,9 +76,9 @@ def calibrate(settings: Settings, costs: Costs | None = None, *, known: Sequence
     return replace(costs or Costs(), **{name: value for name, value in found.items() if name not in known})
 
 
-def _updates(phases: list[dict[str, Any]]) -> float:
+def _updates(measured: dict[str, Any]) -> float:
     """What an update of 100 rows takes, over all phases."""
-    return sum(Compute(**phase).seconds("update", 100) for phase in phases)
+    return sum(Compute(**phase).seconds("update", 100) for phase in measured["phases"])
 
 
 def _mpirun() -> str | None:
@@ -103,6 +104,11 @@ def _all_at_once(starts: list[list[str]], what: str, settings: Path) -> list[Any
 
 def median(action: Callable[[], object]) -> float:
     """Seconds that the action takes."""
+    return statistics.median(repeated(action))
+
+
+def repeated(action: Callable[[], object]) -> list[float]:
+    """Seconds that it takes each time."""
     found: list[float] = []
     action()
     until = time.perf_counter() + SECONDS
@@ -110,7 +116,14 @@ def median(action: Callable[[], object]) -> float:
         begun = time.perf_counter()
         action()
         found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+    return found
+
+
+def spread(times: list[float]) -> float:
+    """Standard deviation of the logarithms, if they are normal; a few that were disturbed do not count."""
+    logarithms = sorted(math.log(t) for t in times)
+    below, above = (logarithms[round(share * (len(logarithms) - 1))] for share in (0.1587, 0.8413))
+    return (above - below) / 2
 
 
 def line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
@@ -125,8 +138,8 @@ def oversleep() -> float:
     return max(0.0, median(lambda: time.sleep(100e-6)) - 100e-6)
 
 
-def compute(settings: Settings) -> list[dict[str, Any]]:
-    """``Compute`` of each phase of the run, as tables."""
+def compute(settings: Settings) -> dict[str, Any]:
+    """``phases``, the ``Compute`` of each as a table, and the ``jitter`` of their updates."""
     import numpy as np
 
     from gpudbn.dbn import DBN
@@ -136,7 +149,7 @@ def compute(settings: Settings) -> list[dict[str, Any]]:
 
     data, labelled = load_data(settings, quiet=True)
     training = Training(DBN([data.train.n, *settings.layers]), data, settings, Alone(), labelled=labelled)
-    found = []
+    phases, jitters = [], []
     for index in range(training.phases):
         training.index = index
         phase = training._make_phase()
@@ -150,13 +163,15 @@ def compute(settings: Settings) -> list[dict[str, Any]]:
         times: dict[str, list[tuple[float, float]]] = {"update": [], "sums": []}
         for count in (max(1, whole // 4), whole):
             (piece,) = training._pieces(phase, positions[:count])
-            times["update"].append((count, median(lambda: phase.update(feed, piece))))  # noqa: B023 - called here
+            updates = repeated(lambda: phase.update(feed, piece))  # noqa: B023 - called here
+            times["update"].append((count, statistics.median(updates)))
             times["sums"].append((count, median(lambda: phase.sums(sums, feed, piece))))  # noqa: B023
         block = order[:MEASURED]
-        found.append({name: line(*points) for name, points in times.items()} | {
+        jitters.append(spread(updates))
+        phases.append({name: line(*points) for name, points in times.items()} | {
             "step": (median(lambda: phase.step(sums, whole)), 0.0),  # noqa: B023
             "measure": (0.0, median(lambda: phase.measure(rows, block)) / len(block))})  # noqa: B023
-    return found
+    return {"phases": phases, "jitter": statistics.mean(jitters)}
 
 
 def job(settings: Settings) -> dict[str, tuple[float, float]]:

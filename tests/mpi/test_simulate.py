@@ -222,10 +222,17 @@ def test_a_line_through_two_measurements():
     assert calibrate.line((8, 2.0), (8, 2.0)) == (2.0, 0.0)
 
 
+def test_spread_is_that_of_a_normal_logarithm():
+    times = np.exp(0.3 * np.random.default_rng(1).standard_normal(4000) - 5)
+    times[:40] *= 50  # disturbed
+    assert calibrate.spread(times.tolist()) == pytest.approx(0.3, rel=0.1)
+
+
 def test_calibration_measures_the_phases_of_the_run(monkeypatch):
     monkeypatch.setattr(calibrate, "SECONDS", 0)
     found = calibrate.compute(small_settings(data="digits", batch=200))
-    phases = tuple(Compute(**phase) for phase in found)
+    phases = tuple(Compute(**phase) for phase in found["phases"])
+    assert 0 <= found["jitter"] < 2
     assert len(phases) == 3
     for phase in phases:
         for what in ("update", "sums", "step", "measure"):
@@ -237,7 +244,9 @@ def test_calibration_leaves_what_is_known(monkeypatch):
 
     def all_at_once(starts, what, settings):
         asked.append((what, len(starts), Settings(**from_toml(settings)).layers))
-        return [[vars(LAYER)] * 3] * len(starts) if what == "compute" else [{"copy": [1e-6, 1e9]}]
+        if what == "compute":
+            return [{"phases": [vars(LAYER)] * 3, "jitter": 0.1}] * len(starts)
+        return [{"copy": [1e-6, 1e9]}]
 
     monkeypatch.setattr(calibrate, "_all_at_once", all_at_once)
     monkeypatch.setattr(calibrate, "_mpirun", lambda: "mpirun")
@@ -246,8 +255,9 @@ def test_calibration_leaves_what_is_known(monkeypatch):
     assert asked == [("compute", 1, (11, 7)), ("compute", 3, (11, 7)), ("job", 1, (11, 7))]
     assert (found.cores, found.node, found.copy, found.phases) == (5, 7, Hop(1e-6, 1e9), (LAYER,) * 3)
     assert found.crowding == pytest.approx(0)
+    assert found.jitter == 0.1
     asked.clear()
-    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange")
+    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "jitter")
     assert calibrate.calibrate(small_settings(), found, known=(*names, "cores", "oversleep")) == found
     assert asked == []
 
