@@ -37,7 +37,9 @@ def assert_same(a, b):
         assert np.array_equal(array, b.arrays()[name]), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"servers": 2, "n_fetch": 8}, {"mode": "local"}, {"mode": "sync"}])
+@pytest.mark.parametrize("settings", [
+    {}, {"servers": 2, "n_fetch": 8, "server_rule": "adagrad"}, {"push": "factored"}, {"staleness": "compensate"},
+    {"mode": "local"}, {"mode": "sync"}])
 def test_a_run_is_the_same_each_time(settings):
     costs = {"jitter": 0.3, "node": 2}
     first, second = simulated(3, costs, **settings), simulated(3, costs, **settings)
