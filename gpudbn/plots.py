@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,19 @@ def confusion(path: Path | str, labels: Array, predicted: Array, classes: int | 
         axes.grid(which="minor", color="#E4E4E4" if K <= 50 else "none", linewidth=0.8)
         axes.tick_params(which="minor", length=0)
         _save(figure, path)
+
+
+def ranks(place: Callable[[str], Path], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The timeline if there are several ranks, and the staleness if there are servers; their names.
+
+    ``place`` gives the path of a picture by its name: ``Run.plot``.
+    """
+    drawn = {"timeline": timeline} if len(reports) > 1 else {}
+    if any("staleness" in report for report in reports):
+        drawn["staleness"] = staleness
+    for name, draw in drawn.items():
+        draw(place(name), reports)
+    return list(drawn)
 
 
 def timeline(path: Path | str, reports: Sequence[Mapping[str, Any]], title: str = "What each rank did") -> None:

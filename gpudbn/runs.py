@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,10 @@ class Run:
                     raise
         except OSError as error:
             raise checkpoint.why_not(self.metrics, "writable", error) from error
+
+    def record_reports(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Record what each rank did, as ``Exchange.reports`` tells it; its timeline is for pictures."""
+        self.record(phase="report", ranks=[{k: v for k, v in report.items() if k != "timeline"} for report in reports])
 
     def records(self) -> list[dict[str, Any]]:
         """The metric records, oldest first. A last line cut short by a crash is left out.

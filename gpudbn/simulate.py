@@ -87,10 +87,10 @@ def run(settings: Settings, replicas: int, costs: str | None, out: str | None) -
     result = simulate(settings, data, replicas=replicas, costs=used, labelled=labelled, record=record)
     assert result.dbn is not None
     folder.save_model(result.dbn.arrays(), result.dbn.about_file())
-    ranks = [*result.servers, *result.replicas]
-    folder.record(phase="report", ranks=[{k: v for k, v in r.items() if k != "timeline"} for r in ranks])
+    reports = [*result.servers, *result.replicas]
+    folder.record_reports(reports)
     if settings.plots == "on":
-        _draw(folder, ranks)
+        _draw(folder, reports)
     busy = [report["seconds"]["computing"] / sum(report["seconds"].values()) for report in result.replicas]
     print(f"replicas compute for {100 * min(busy):.0f} to {100 * max(busy):.0f} % of {result.seconds:.2f} virtual s"
           + "".join(f"; server {i} is busy for {100 * server['seconds']['applying'] / result.seconds:.0f} %"
@@ -100,7 +100,7 @@ def run(settings: Settings, replicas: int, costs: str | None, out: str | None) -
     return 0
 
 
-def _draw(folder: Run, ranks: list[dict[str, Any]]) -> None:
+def _draw(folder: Run, reports: list[dict[str, Any]]) -> None:
     """Pictures of what the ranks did. Without Matplotlib none, and a line that says so."""
     from gpudbn import plots
 
@@ -108,9 +108,7 @@ def _draw(folder: Run, ranks: list[dict[str, Any]]) -> None:
     if missing:
         print(f"no pictures: {missing}", flush=True)
         return
-    plots.timeline(folder.plot("timeline"), ranks)
-    if any("staleness" in report for report in ranks):
-        plots.staleness(folder.plot("staleness"), ranks)
+    plots.ranks(folder.plot, reports)
 
 
 def _measured(settings: Settings, costs: Costs, known: tuple[str, ...]) -> Costs:

@@ -158,7 +158,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     if run is not None:
         assert reports is not None
         run.save_model(model, dbn.about_file())
-        run.record(phase="report", ranks=[{k: v for k, v in r.items() if k != "timeline"} for r in reports])
+        run.record_reports(reports)
         pictures = _draw(run, dbn, labelled or data, reports, np) if settings.plots == "on" else []
         show.ending(run, last, pictures)
     exchange.close()
@@ -286,14 +286,7 @@ def _draw(run: Run, dbn: DBN, data: DataSet, reports: list[dict[str, Any]], np: 
     # of a model in parts, each rank has its own only
     names = _draw_model(run, dbn, data, np) if dbn.shards.count == 1 else []
     plots.curves(run.plot("curves"), [r for r in run.records() if "epoch" in r])
-    names.append("curves")
-    if len(reports) > 1:
-        plots.timeline(run.plot("timeline"), reports)
-        names.append("timeline")
-    if any("staleness" in report for report in reports):
-        plots.staleness(run.plot("staleness"), reports)
-        names.append("staleness")
-    return names
+    return [*names, "curves", *plots.ranks(run.plot, reports)]
 
 
 def _draw_model(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:

@@ -204,7 +204,9 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
         exchange = join(wire.split(0), size=array.size, **chosen(settings, 2) | {"servers": 1, "mode": "async"})
         mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
-            mine[0] = exchange.serve()["seconds"]["applying"] / PUSHES
+            busy = tally.seconds()["applying"]
+            exchange.serve()
+            mine[0] = (tally.seconds()["applying"] - busy) / PUSHES
         else:
             before = array.copy()
             exchange.begin(array)
