@@ -19,6 +19,8 @@ It has only what ``gpudbn`` and the benchmarks use, with CuPy's signatures (held
   host allow (``device.late_kernels``, ``device.late_copies``). What is right whichever comes late
   waits for all that it needs.
 - In a graph that is being captured may stand what makes no new array.
+- MPI may have an array's memory, and is counted if it takes it while the stream still works (``device.unsettled``).
+  ``device.driver`` puts arrays where the CPU must not touch them: see ``mpi/pretend_driver``.
 
 ``RawModule`` compiles with ``tests/cuda_on_cpu``. Events tell the time of the host, or of another clock.
 """
@@ -60,10 +62,21 @@ class Device:
     late_kernels: bool = False  # kernels wait until the host or an event needs them
     late_copies: bool = True  # and so do copies of streams that are not the current one
     clock: Callable[[], float] = time.perf_counter  # seconds, of events
+    taken: int = 0  # times that MPI took an array's memory
+    unsettled: int = 0  # times that it did so while the stream still had work
+    driver: object = None  # where new arrays are, if not in the host's memory
 
     def __post_init__(self) -> None:
         self.main = Stream()
         self.streams = [self.main]  # the last is the current one
+
+    def place(self, memory: np.ndarray) -> np.ndarray:
+        """The same, in the memory of the device."""
+        if self.driver is None:
+            return memory
+        found = self.driver.allocate(memory.nbytes).view(memory.dtype).reshape(memory.shape)
+        found[...] = memory
+        return found
 
     def holds(self, memory: np.ndarray) -> None:
         """Count these bytes as long as they are there."""
@@ -195,9 +208,10 @@ class ndarray:  # noqa: N801 - CuPy's name
     __module__ = "cupy"
 
     def __init__(self, memory: np.ndarray) -> None:
-        self._memory = memory
         if memory.base is None:
+            memory = device.place(memory)
             device.holds(memory)
+        self._memory = memory
 
     # -- what CuPy refuses ------------------------------------------------------------------------
 
@@ -230,6 +244,13 @@ class ndarray:  # noqa: N801 - CuPy's name
     @property
     def data(self):
         return SimpleNamespace(ptr=self._memory.ctypes.data, device_id=0)
+
+    @property
+    def __cuda_array_interface__(self):
+        device.taken += 1
+        device.unsettled += device.busy or any(stream.queue for stream in device.streams)
+        address = device.driver.address(self._memory) if device.driver else self._memory.ctypes.data
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (address, False), "strides": None, "version": 3}
 
     def __len__(self):
         if not self.ndim:
