@@ -209,6 +209,9 @@ class Settings:
     collectives: str = option("auto", "sync, local: what adds up arrays on GPUs: mpi (through host memory), nccl "
                               "(between GPUs, one for each replica) or auto (nccl where it can)", group="distribution",
                               choices=("auto", "mpi", "nccl"))
+    transport: str = option("auto", "async: direct gives arrays of a GPU to MPI, which must be CUDA-aware; staged "
+                            "passes them through the host; auto: direct where a trial shows that it works",
+                            group="distribution", choices=("auto", "staged", "direct"))
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
                         "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
                         choices=("fast", "fixed"))
@@ -297,7 +300,7 @@ RUN_OPTIONS = {
     "config": ("FILE", "settings from a TOML file, by the same names; the command line goes before it"),
 }
 # what may differ when a run is resumed: none of it changes what is computed
-RESUMABLE = ("device", "collectives", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
+RESUMABLE = ("device", "collectives", "transport", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
 
 
 def flag(name: str) -> str:

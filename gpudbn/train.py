@@ -82,7 +82,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
         loaded.append((data, labelled))
         return largest(settings, data, labelled)
 
-    exchange = connect(size=prepare, **ways)
+    exchange = connect(size=prepare, transport=settings.transport, device=settings.device, **ways)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
@@ -216,6 +216,8 @@ class _Show:
             print(f"\r\x1b[K{self.label} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end="", flush=True)
 
     def beginning(self, dbn: DBN, data: DataSet, labelled: DataSet | None, place: str, run: Run | None) -> None:
+        from gpudbn.arrays import is_gpu
+
         if run is None:
             return
         e, s = self.exchange, self.settings
@@ -231,6 +233,8 @@ class _Show:
         if labelled is not None:
             self.say(f"         fine-tuned on {labelled.describe()}")
         self.say(f"compute  gpudbn {__version__} on {place}; {how}")
+        if e.transport and is_gpu(dbn.layers[0].W):
+            self.say(f"changes  {e.transport}")
         self.say(f"run      {run.path}")
 
     def record(self, r: dict[str, Any]) -> None:

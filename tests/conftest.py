@@ -42,6 +42,7 @@ def pytest_report_header():
 
 def pytest_collection_modifyitems(config, items):
     missing = {"gpu": None if config.getoption("--gpu") else arrays.why_no_gpu(),
+               "cuda_mpi": None if os.environ.get("GPUDBN_CUDA_MPI") else "GPUDBN_CUDA_MPI names no folder",
                "mpi": None if config.getoption("--mpi") else why_no_mpi(),
                "slow": None if config.getoption("--slow") else "takes minutes; run with --slow"}
     for item in items:

@@ -32,7 +32,8 @@ FLOORS = """
     mpi/rules mpi/virtual
     mpi/changes
     mpi/staged
-    mpi/server
+    mpi/direct
+    mpi/transport mpi/server
     mpi/replica
     mpi/overlap
     mpi/__init__

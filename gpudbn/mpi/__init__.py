@@ -11,8 +11,10 @@
     server.py      a server
     rules.py       what a server does with a change
     changes.py     how a change is packed
+    staged.py      how changes and parameters travel: through a window in the server's memory
+    direct.py      or as messages of device memory
+    transport.py   which of the two
     overlap.py     a replica that exchanges while it computes
-    staged.py      how changes and parameters travel, through a window in the server's memory
     simulate.py    whole runs in virtual time, in one process: the files above, on
     virtual.py     MPI between ranks of
     machine.py     a cluster in virtual time, where things take as long as
@@ -42,8 +44,8 @@ MODES = ("sync", "async", "local")
 
 
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
-            outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense",
-            overlap: bool = False, shards: int = 1) -> Exchange | Server:
+            outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
+            shards: int = 1, transport: str = "staged", device: str = "auto") -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -67,6 +69,10 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode async: whether replicas exchange while they compute, see ``overlap.py``.
     shards : int
         How many neighbouring ranks hold a replica together.
+    transport : "auto", "staged" or "direct"
+        Mode async: see ``transport.py``. With ``direct`` parameters are GPU arrays, the servers' too.
+    device : "auto", "gpu" or "cpu"
+        Where the replicas compute.
 
     Returns
     -------
@@ -77,7 +83,7 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     Raises
     ------
     UserError
-        If the mode is not known, or async has no replica; or see ``Wire.start``.
+        If the mode is not known, async has no replica or ``direct`` cannot be; or see ``Wire.start``.
     """
     if mode not in MODES:
         raise UserError(f"mode: must be one of {', '.join(MODES)}; got {mode!r}")
@@ -93,15 +99,24 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         if callable(size):
             size()
         return Alone()
+    from gpudbn.mpi import transport as transports
     from gpudbn.mpi.wire import Wire
 
+    reason = None
+    if mode == "async" and transport != "staged":
+        reason = "--overlap moves copies in the host's memory" if overlap else transports.why_not_direct(device)
     wire = Wire.start()
     wire.align()
+    if mode == "async":
+        transport, reason = transports.agreed(wire, transport, reason)
     if overlap and not wire.threads:
         wire.agree("--overlap: must be off with an MPI that is for one thread alone; got on")
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    return join(wire, mode, size, rule, servers, outer, push, overlap, shards)
+    joined = join(wire, mode, size, rule, servers, outer, push, overlap, shards, transport)
+    if mode == "async":
+        joined.transport = f"{transport}: {reason}" if reason else transport
+    return joined
 
 
 def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
@@ -142,8 +157,8 @@ def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
 
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
-         outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense",
-         overlap: bool = False, shards: int = 1) -> Exchange | Server:
+         outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
+         shards: int = 1, transport: str = "staged") -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
@@ -157,15 +172,17 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
     from gpudbn.mpi.replica import Asynchronous
     from gpudbn.mpi.rules import Compensated
     from gpudbn.mpi.server import Server, cuts
+    from gpudbn.mpi.transport import ends
 
     replicas = wire.split(int(wire.rank >= servers))
     links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
     mine = [link for link in links if link is not None]
+    server_end, replica_end = ends(transport, replicas)
     if wire.rank >= servers:
-        kind = Overlapped if overlap else Asynchronous
-        return kind(wire, replicas, mine, size, asking=isinstance(rule, Compensated), push=push)
+        end = partial(replica_end, asking=isinstance(rule, Compensated))
+        return (Overlapped if overlap else Asynchronous)(wire, replicas, mine, size, end, push=push)
     part = cuts(size, servers)[wire.rank]
-    return Server(wire, mine[0], part.stop - part.start, rule)
+    return Server(wire, mine[0], part.stop - part.start, rule, server_end)
 
 
 def _prepared(wire: Wire, size: Callable[[], int], first: int) -> int:

@@ -40,9 +40,10 @@ class Exchange:
         Whether changes are to be pushed as what made them, where that is known.
     factors : Factors or None
         Where the phase notes the updates of a turn, for ``exchange``; the loop sets it.
-
     tally : Tally
         What this replica does when: ``with exchange.tally.timing("measuring"): ...``
+    transport : str
+        How changes travel to servers, and why so, in a few words; empty where there are none.
 
     Notes
     -----
@@ -57,6 +58,7 @@ class Exchange:
     shards_rows = False
     wants_factors = False
     factors: Factors | None = None
+    transport = ""
 
     def __init__(self, tally: Tally | None = None) -> None:
         self.tally = tally or Tally(self.clock)

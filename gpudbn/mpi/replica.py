@@ -32,16 +32,16 @@ class Link:
         The server, rank 0, and all replicas. Collective over these.
     size : int
         Entries of the server's shard of the largest parameter vector of the run.
-    asking : bool
-        See ``staged.ReplicaEnd``.
+    end : callable (wire, size, header_words)
+        Makes this end of the transport, a ``ReplicaEnd``.
     push : str
         See ``changes.Packing``.
     """
 
-    def __init__(self, wire: Wire, size: int, *, asking: bool = False, push: str = "dense") -> None:
+    def __init__(self, wire: Wire, size: int, end: Any, *, push: str = "dense") -> None:
         self.wire, self.replica = wire, wire.rank - 1
         self.header = Header(wire.size - 1)  # as of the last pull
-        self.end = ReplicaEnd(wire, size, self.header.words.size, asking=asking)
+        self.end = end(wire, size, self.header.words.size)
         self.packing = changes.Packing(push)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
 
@@ -119,22 +119,22 @@ class Asynchronous(Together):
         For each server the wire of it and all replicas. Collective over these.
     size : int
         Entries of the largest parameter vector of the run, as told to the servers.
-    asking : bool
-        See ``staged.ReplicaEnd``.
+    end : callable (wire, size, header_words)
+        Makes my end of the transport to one server, a ``ReplicaEnd``.
     push : str
         See ``changes.Packing``.
     """
 
     shards_rows = True
 
-    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, *,
-                 asking: bool = False, push: str = "dense") -> None:
+    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, end: Any = ReplicaEnd, *,
+                 push: str = "dense") -> None:
         super().__init__(replicas)
         self.world = world
         world.label = self.wire.label
         self._size = size
         self.wants_factors = push == "factored"
-        self.links = [Link(wire, part.stop - part.start, asking=asking, push=push)
+        self.links = [Link(wire, part.stop - part.start, end, push=push)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0

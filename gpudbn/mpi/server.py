@@ -64,17 +64,21 @@ class Server:
     rule : callable (parameters, change, staleness), optional
         Applies a change (float32, not modified) to the parameters (float32, in place). Staleness: how many
         changes of other replicas came in since the parameters on which the change was computed.
+    end : callable (wire, size, header_words)
+        Makes this end of the transport, a ``ServerEnd``.
     """
 
-    def __init__(self, world: Wire, wire: Wire, size: int, rule: Rule | None = None) -> None:
+    transport = ""  # which, and why so, in a few words
+
+    def __init__(self, world: Wire, wire: Wire, size: int, rule: Rule | None = None, end: Any = ServerEnd) -> None:
         self.world, self.wire = world, wire
         self.replicas = wire.size - 1
         self.rule = rule or add
         servers = world.size - self.replicas
         world.label = "server" if servers == 1 else f"server {world.rank} of {servers}"
         self._header = Header(self.replicas)  # as it will be published next
-        self._end = ServerEnd(wire, size, self._header.words.size)
-        self._parameters = np.zeros(0, np.float32)
+        self._end = end(wire, size, self._header.words.size)
+        self._parameters = self._end.empty(0)
         self._asked = 0
         self._first = 0
 
@@ -161,12 +165,11 @@ class Server:
             if isinstance(self.rule, Compensated):
                 self._take()  # what this replica has pushed is in what it gets
                 self.rule.pulled(source - 1, self._parameters)
-            self.wire.send(self._header.words, source, ANSWER)
-            self.wire.send(self._parameters, source, ANSWER)
+            self._end.answer(source - 1, self._header.words, self._parameters)
             return False
         kind, size = message.tolist()
         if kind == BEGIN:
-            self._parameters = np.empty(size, np.float32)
+            self._parameters = self._end.empty(size)
             self.wire.recv(self._parameters, source, CONTROL)
             if isinstance(self.rule, Compensated):
                 self.rule.begin(self._parameters, self.replicas)

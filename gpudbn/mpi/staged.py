@@ -76,6 +76,10 @@ class ServerEnd:
     def _words(self, offset: int, count: int) -> np.ndarray:
         return self._bytes(offset, 8 * count).view(np.int64)
 
+    def empty(self, size: int) -> np.ndarray:
+        """Where the parameters are to be: array (size,), float32."""
+        return np.empty(size, np.float32)
+
     def full(self) -> list[int]:
         """Replicas whose mailbox holds a change that is not taken."""
         found = np.flatnonzero(self._sequence == self._taken + 1)
@@ -109,6 +113,11 @@ class ServerEnd:
             self._turn[0] = turn + 2
             self.window.sync()  # before ``freed`` says so
         self._freed[:] = self._taken
+
+    def answer(self, replica: int, header: np.ndarray, parameters: np.ndarray) -> None:
+        """Give these to a replica that asked for them."""
+        self.wire.send(header, replica + 1, ANSWER)
+        self.wire.send(parameters, replica + 1, ANSWER)
 
 
 class ReplicaEnd:

@@ -10,8 +10,10 @@ core on which a neighbour computes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import sys
@@ -89,8 +91,7 @@ class Staging:
         -----
         All GPU arrays use the same host memory, so blocks cannot be nested.
         """
-        if not array.flags.c_contiguous:
-            raise ValueError(f"wire: array must be C-contiguous; got shape {array.shape}")
+        _refuse_gaps(array)
         if not is_gpu(array):
             yield array
             return
@@ -98,11 +99,17 @@ class Staging:
         host = self._pinned(xp, array.nbytes).view(array.dtype).reshape(array.shape)
         if read:
             array.get(out=host)
-        xp.cuda.get_current_stream().synchronize()
+        self.settle(array)
         yield host
         if write:
             array.set(host)
-            xp.cuda.get_current_stream().synchronize()  # before the next user of this memory
+            self.settle(array)  # before the next user of this memory
+
+    @staticmethod
+    def settle(array: Array) -> None:
+        """Wait until the stream has done what it was given, so that MPI may read or write a GPU array, or its copy."""
+        if is_gpu(array):
+            module_of(array).cuda.get_current_stream().synchronize()
 
     def _pinned(self, xp: Any, nbytes: int) -> np.ndarray:
         if self._bytes.nbytes < nbytes:
@@ -131,9 +138,9 @@ class Wire:
         self.label = f"rank {self.rank} of {self.size}"
         self.tally: Tally = parent.tally if parent else Tally(self.clock, "starting")
         self.staging: Staging = parent.staging if parent else Staging()
-        self._owned: list[Wire | Window] = []  # to be freed before this one
+        self._owned: list[Any] = []  # to be freed before this one
         if parent:
-            parent._owned.append(self)
+            parent.own(self)
 
     @classmethod
     def start(cls) -> Wire:
@@ -180,6 +187,21 @@ class Wire:
         Time goes by without being told. In virtual time it goes by as much as this work costs.
         """
 
+    def library_name(self) -> str:
+        """Which MPI this is, for messages: ``Open MPI v5.0.11``."""
+        return _name_of(self.mpi.Get_library_version())
+
+    def cuda_aware(self) -> bool | None:
+        """Whether MPI says that it takes device memory; None where it has no word for it."""
+        library = ctypes.CDLL(self.mpi.__file__)
+        if hasattr(library, "MPIX_Query_cuda_support"):  # Open MPI's name, which MPICH has, too
+            return bool(library.MPIX_Query_cuda_support())
+        if hasattr(library, "MPIX_GPU_query_support"):
+            found = ctypes.c_int()
+            library.MPIX_GPU_query_support(0, ctypes.byref(found))  # 0: CUDA
+            return bool(found.value)
+        return None
+
     def split(self, color: int) -> Wire:
         """The wire of those that call with the same color, in the same order; collective."""
         self.barrier()
@@ -199,6 +221,10 @@ class Wire:
         rank: int = local.Get_rank()
         local.Free()
         return rank
+
+    def own(self, part: Any) -> None:
+        """Have the part's ``close()`` called before this wire is freed."""
+        self._owned.append(part)
 
     def _wait(self, *requests: Any) -> None:
         pause = self.pause()
@@ -249,6 +275,28 @@ class Wire:
         with self.tally.timing("transferring"), self.staging.host(array, write=True) as host:
             self._wait(self.comm.Irecv(host, source, tag))
         self._count(received=array.nbytes)
+
+    def isend(self, array: Array, to: int, tag: int = 0) -> Any:
+        """Begin to send an array, which must stay as it is until ``wait``; the request.
+
+        GPU memory is given to MPI as it is. So MPI must be CUDA-aware, and the memory not of ``malloc_async``, which
+        other processes cannot open.
+        """
+        _refuse_gaps(array)
+        self.staging.settle(array)
+        self._count(sent=array.nbytes)
+        return self.comm.Isend(array, to, tag)
+
+    def irecv(self, array: Array, source: int, tag: int = 0) -> Any:
+        """Begin to fill the array, at least as long as what is sent, and nobody's until ``wait``. As ``isend``."""
+        _refuse_gaps(array)
+        self.staging.settle(array)
+        return self.comm.Irecv(array, source, tag)
+
+    def wait(self, *requests: Any, what: str = "transferring") -> None:
+        """Wait until these are done."""
+        with self.tally.timing(what):
+            self._wait(*requests)
 
     def incoming(self) -> tuple[int, int] | None:
         """Sender and tag of a message that waits for ``recv``, or None. Lets MPI make progress."""
@@ -390,7 +438,7 @@ class Window:
         self.memory[:] = 0
         self._nothing, self._word = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._win.Lock_all(mpi.MODE_NOCHECK)
-        wire._owned.append(self)
+        wire.own(self)
         self.sync()
         wire.barrier()
 
@@ -426,6 +474,11 @@ class Window:
         self._win.Free()
 
 
+def _refuse_gaps(array: Array) -> None:
+    if not array.flags.c_contiguous:
+        raise ValueError(f"wire: array must be C-contiguous; got shape {array.shape}")
+
+
 def _load() -> Any:
     """The module mpi4py.MPI, without starting MPI."""
     import mpi4py
@@ -437,6 +490,22 @@ def _load() -> Any:
         raise UserError(f"MPI: must be installed; got {str(error).splitlines()[0]}. "
                         "pip install 'gpudbn[mpich]' brings one") from error
     return MPI
+
+
+def library_file() -> Path | None:
+    """The file of the MPI library that mpi4py has found; does not start MPI. None where that is not to be seen."""
+    _load()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = Path(line.split(maxsplit=5)[-1])
+            if path.name.startswith(("libmpi.so", "libmpich.so", "libmpi_")):
+                return path
+    return None
+
+
+def _name_of(library: str) -> str:
+    """The first words of MPI's description of itself: its name and version."""
+    return re.sub(r"( Version:)?\s+", " ", library.split("\n")[0].split(",")[0].strip("\0 "))
 
 
 def refuse_two_wheels() -> None:
@@ -451,7 +520,7 @@ def refuse_two_wheels() -> None:
 
 def refuse_other_launcher(world: launch.World | None, library: str) -> None:
     """The mpirun of one MPI cannot start the ranks of another."""
-    name = library.split("\n")[0].split(",")[0].strip("\0 ")
+    name = _name_of(library)
     open_mpi = "Open MPI" in library or "Spectrum MPI" in library
     if world is None or world.launcher == "slurm" or (world.launcher == "openmpi") == open_mpi:
         return

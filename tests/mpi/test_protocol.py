@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ class Job:
         self.states = None
         self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
         self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size,
-                                      asking=isinstance(rule, Compensated), push=push)
+                                      partial(staged.ReplicaEnd, asking=isinstance(rule, Compensated)), push=push)
                          for rank in range(1, self.ranks)]
 
     def answer(self):
