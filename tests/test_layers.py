@@ -20,7 +20,8 @@ FLOORS = """
     arrays exact paths precision settings mpi/costs mpi/tally
     factors parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
-    mpi/nccl mpi/parts
+    mpi/nccl
+    mpi/parts
     cuda/draws cuda/elementwise cuda/exact cuda/offsets cuda/rows cuda/persistent cuda/turns cuda/wgmma data/checks
     cuda/layers
     cuda/__init__ data/files

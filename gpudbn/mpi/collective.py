@@ -84,7 +84,10 @@ class Peers(Together):
         self.arrays: Wire | Nccl = self.wire  # what adds and broadcasts them
 
     def choose_collectives(self, wanted: str, xp: Any) -> str:
-        self.arrays, word = choose(self.wire, wanted, xp)
+        parts = [self.shards.wire] if isinstance(self.shards, Parts) else []
+        (self.arrays, *between), word = choose(self.everyone, [self.wire, *parts], wanted, xp)
+        if isinstance(self.shards, Parts):
+            (self.shards.arrays,) = between
         return word
 
     def begin(self, parameters: Array) -> None:

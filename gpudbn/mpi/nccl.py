@@ -1,6 +1,6 @@
-"""Sums and broadcasts between GPUs by NCCL, in place of a wire's: no array passes through host memory.
+"""Sums, broadcasts and gathers between GPUs by NCCL, in place of a wire's: no array passes through host memory.
 
-    choose(wire, "auto", xp)    the wire itself, or an ``Nccl`` over its ranks; and a word for the log
+    choose(everyone, wires, "auto", xp)    the wires themselves, or an ``Nccl`` over the ranks of each; a word
 
 A call is put behind the kernels on the current stream, and the next kernels behind it: the host waits for nothing.
 NCCL refuses two ranks on one GPU. Its sums are the same bits on every rank, and other bits than MPI's.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,14 @@ class Nccl:
         else:
             self._tally.received += array.nbytes
 
+    def allgather_(self, arrays: Array) -> None:
+        """arrays[r] = that of rank r, for all r, in place: shape (size, ...), of which each rank has filled its own."""
+        where, _, kind, stream = self._arguments(arrays)
+        mine = arrays[self._comm.rank_id()]
+        self._comm.allGather(mine.data.ptr, where, mine.size, kind, stream)
+        self._tally.sent += mine.nbytes
+        self._tally.received += arrays.nbytes
+
     def _arguments(self, array: Array) -> tuple[int, int, int, int]:
         """Address, entries and type of an array, and the stream on which it is ready."""
         if not array.flags.c_contiguous or array.dtype not in self._kinds:
@@ -62,11 +71,15 @@ class Nccl:
         return array.data.ptr, array.size, self._kinds[array.dtype], stream.ptr
 
 
-def choose(wire: Wire, wanted: str, xp: Any) -> tuple[Wire | Nccl, str]:
-    """What adds and broadcasts arrays of this module among the ranks of the wire; collective.
+def choose(everyone: Wire, wires: Sequence[Wire], wanted: str, xp: Any) -> tuple[list[Wire | Nccl], str]:
+    """What adds, broadcasts and gathers arrays of this module among the ranks of some wires.
 
     Parameters
     ----------
+    everyone : Wire
+        All ranks of the run. Collective over these.
+    wires : sequence of Wire
+        Those that arrays go by, split off it.
     wanted : "auto", "mpi" or "nccl"
         auto: NCCL between GPUs where it can be.
     xp : module
@@ -74,8 +87,8 @@ def choose(wire: Wire, wanted: str, xp: Any) -> tuple[Wire | Nccl, str]:
 
     Returns
     -------
-    transport : Wire or Nccl
-        Has ``allreduce_`` and ``broadcast``.
+    transports : list of Wire or Nccl
+        One for each wire, with its ``allreduce_``, ``broadcast`` and ``allgather_``.
     word : str
         For the log: what was taken, and why not NCCL; empty on CPUs.
 
@@ -85,15 +98,18 @@ def choose(wire: Wire, wanted: str, xp: Any) -> tuple[Wire | Nccl, str]:
         If NCCL is wanted and cannot be, on all ranks; or, on the rank concerned, if it can be and fails.
     """
     if wanted == "mpi":
-        return wire, "" if xp is np else "sums by MPI"
-    reason = _why_not(wire, xp)
+        return list(wires), "" if xp is np else "sums by MPI"
+    reason = _why_not(everyone, xp)
     if reason and wanted == "nccl":
-        wire.agree(f"--collectives: must be auto or mpi here; got nccl, but {reason}")
+        everyone.agree(f"--collectives: must be auto or mpi here; got nccl, but {reason}")
     if reason:
-        return wire, "" if xp is np else f"sums by MPI ({reason})"
+        return list(wires), "" if xp is np else f"sums by MPI ({reason})"
     nccl = _module()
-    found = Nccl(nccl, _communicator(wire, nccl), wire.tally)
-    _prove(found, wire.size, xp)
+    found: list[Wire | Nccl] = []
+    for wire in wires:
+        one = Nccl(nccl, _communicator(wire, nccl), wire.tally)
+        _prove(one, wire.size, xp)
+        found.append(one)
     version = nccl.get_version()
     return found, f"sums by NCCL {version // 10_000}.{version % 10_000 // 100}"
 
@@ -120,7 +136,7 @@ def _why_not(wire: Wire, xp: Any) -> str:
     if reason or len(set(places)) == len(places):
         return reason
     pair = next((places.index(one), rank) for rank, one in enumerate(places) if places.index(one) < rank)
-    return f"replicas {pair[0]} and {pair[1]} share a GPU, which NCCL refuses"
+    return f"ranks {pair[0]} and {pair[1]} share a GPU, which NCCL refuses"
 
 
 def _communicator(wire: Wire, nccl: Any) -> Any:

@@ -1,7 +1,6 @@
 """The parts of one replica: the two seams of ``shards.py`` over a wire, a sum and a gather.
 
-What crosses are activations and errors of the rows of a minibatch, never weights. GPU arrays go the way that the
-wire takes them.
+What crosses are activations and errors of the rows of a minibatch, never weights.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
+from gpudbn.mpi.nccl import Nccl
 from gpudbn.mpi.wire import Wire
 from gpudbn.shards import Shards
 from gpudbn.tracing import span
@@ -25,10 +25,11 @@ class Parts(Shards):
 
     def __init__(self, wire: Wire) -> None:
         self.wire, self.index, self.count = wire, wire.rank, wire.size
+        self.arrays: Wire | Nccl = wire  # what adds and gathers them
 
     def sum_(self, array: Array) -> None:
         with span("sum of parts"):
-            self.wire.allreduce_(array)
+            self.arrays.allreduce_(array)
 
     def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
         """See ``Shards.gather``. Parts are up to 16 columns wider than others: all travel as wide as the widest."""
@@ -40,7 +41,7 @@ class Parts(Shards):
         with span("gather of parts"):
             padded = xp.zeros((self.count, *part.shape[:-1], widest), part.dtype)
             padded[self.index, ..., : part.shape[-1]] = part
-            self.wire.allgather_(padded)
+            self.arrays.allgather_(padded)
             for index, columns in enumerate(mine):
                 out[..., columns] = padded[index, ..., : columns.stop - columns.start]
         return out

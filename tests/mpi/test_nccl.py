@@ -31,8 +31,7 @@ class Library:
 
     def __init__(self, device, *, as_bytes=True):
         self.available, self.device, self.as_bytes = True, device, as_bytes
-        self.wires = {}  # rank: wire, by which the pretended GPUs find each other
-        self.here = threading.local()  # rank
+        self.here = threading.local()  # ``rank``, and ``wires`` by which the pretended GPUs find each other
         self.calls = []
         self.NcclCommunicator = lambda ndev, commId, rank: Communicator(self, ndev, commId, rank)
 
@@ -47,8 +46,8 @@ class Communicator:
     def __init__(self, library, size, name, rank):
         assert type(name) is (bytes if library.as_bytes else tuple)
         assert (name if library.as_bytes else np.array(name, np.int8).tobytes()) == NAME
-        self.library, self.wire, self.rank = library, library.wires[rank], rank
-        assert self.wire.size == size
+        self.library, self.wire, self.rank = library, library.here.wires.pop(0), rank
+        assert (self.wire.size, self.wire.rank) == (size, rank)
 
     def rank_id(self):
         return self.rank
@@ -72,6 +71,13 @@ class Communicator:
         total = memory.copy()
         self.wire.allreduce_(total)
         self._late("sum", memory, total)
+
+    def allGather(self, sendbuf, recvbuf, count, datatype, stream):  # noqa: N802
+        mine = self._memory(sendbuf, count, datatype, stream)
+        memory = self._memory(recvbuf, count * self.wire.size, datatype, stream)
+        assert sendbuf == recvbuf + self.rank * mine.nbytes
+        self.library.device.stream._run()
+        self._late("gather", memory, self.wire.allgather(mine).ravel())
 
     def broadcast(self, sendbuff, recvbuff, count, datatype, root, stream):
         assert sendbuff == recvbuff
@@ -99,8 +105,8 @@ def machine(monkeypatch, *, as_bytes=True, shared=()):
 def replicas(library, make, program):
     """``program(exchange, word)`` on three replicas that may use the library."""
     def run(wire):
-        library.wires[wire.rank], library.here.rank = wire, wire.rank
         exchange = make(wire)
+        library.here.rank, library.here.wires = wire.rank, [wire]
         word = exchange.choose_collectives("auto", sys.modules["cupy"])
         return program(exchange, word)
 
@@ -153,6 +159,26 @@ def test_faults_are_noticed(line, fault, monkeypatch):
     assert_notices(lambda: check_meetings(monkeypatch, Elastic, as_bytes=False), ours, line, fault)
 
 
+def test_the_parts_of_a_replica_have_a_library_of_their_own(monkeypatch):
+    """Two parts of 16 and 3 columns: a sum, and a gather in which the narrower one is padded."""
+    whole = np.arange(38, dtype=np.float32).reshape(2, 19)
+
+    def program(wire):
+        exchange = Synchronous(wire, 2)
+        library.here.rank, library.here.wires = wire.rank, [exchange.wire, exchange.shards.wire]
+        exchange.choose_collectives("nccl", sys.modules["cupy"])
+        part = to_gpu(whole[:, exchange.shards.mine(19)])
+        total = part.sum()[None]
+        exchange.shards.sum_(total)
+        return to_cpu(exchange.shards.gather(part, 19)), to_cpu(total)
+
+    with machine(monkeypatch) as library:
+        for gathered, total in together(2, program):
+            assert np.array_equal(gathered, whole)
+            assert total == whole.sum()
+        assert [what for rank, what, *_ in library.calls if rank == 1][-2:] == ["sum", "gather"]
+
+
 def test_sums_of_batches_are_behind_the_kernels_and_before_the_next(monkeypatch):
     def program(exchange, _):
         xp = sys.modules["cupy"]
@@ -184,7 +210,7 @@ def test_where_it_cannot_be_the_log_says_why_and_mpi_does_it(monkeypatch):
             return word
 
         assert replicas(library, Synchronous, program) == 3 * [
-            "sums by MPI (replicas 0 and 2 share a GPU, which NCCL refuses)"]
+            "sums by MPI (ranks 0 and 2 share a GPU, which NCCL refuses)"]
         library.available = False
         (word, *_) = replicas(library, Synchronous, program)
         assert word.startswith("sums by MPI (CuPy finds no NCCL (pip install")
@@ -228,13 +254,14 @@ def test_one_rank_on_a_gpu():
         pytest.skip("CuPy finds no NCCL")
 
     def program(wire):
-        found, word = ours.choose(wire, "nccl", cupy)
+        (found,), word = ours.choose(wire, [wire], "nccl", cupy)
         assert word.startswith("sums by NCCL ")
         for dtype in (np.float32, np.float64):
             array = cupy.arange(1_003, dtype=dtype)
             array *= 2
             found.allreduce_(array)
             found.broadcast(array)
+            found.allgather_(array[None])
             array += 1
             assert np.array_equal(array.get(), 2 * np.arange(1_003, dtype=dtype) + 1)
 
