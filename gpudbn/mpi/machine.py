@@ -1,6 +1,6 @@
 """A cluster in virtual time: ranks that run one after another in one process, each when its time has come.
 
-A rank is a thread, but one of them runs at a time: where its time goes by it hands over to the rank whose time
+A rank is a thread, or two, but one of all runs at a time: where its time goes by it hands over to the one whose time
 comes next. So what happens is a function of the arguments: the same bits every time. What takes time:
 
     own work         on the cores of its node, which the busy ranks of the node share (``Node``)
@@ -37,37 +37,62 @@ class Stopped(BaseException):
 
 
 class Rank:
-    """One rank: where it runs, and what it waits for."""
+    """One rank: where it runs, and what is its own."""
 
     def __init__(self, number: int, node: Node) -> None:
         self.number, self.node = number, node
+        self.memories: list[Memory] = []
+        self.fibers: list[Fiber] = []
+        self.pieces = 0  # of work so far
+
+
+class Fiber:
+    """A thread of a rank, what it runs and what it waits for. Asked for its result like a future."""
+
+    def __init__(self, machine: Machine, rank: Rank, program: Callable[[], Any]) -> None:
+        self.machine, self.rank, self.program = machine, rank, program
         self.turn = threading.Lock()  # released to let it run
         self.turn.acquire()
-        self.news = 0  # messages, ends of requests, writes into its memory by others
+        self.thread = threading.Thread(target=machine.live, args=(self,), daemon=True)
+        self.news = 0  # messages, ends of requests, writes into the rank's memory by others
         self.heard = 0
         self.pause: Pause | None = None  # where it is in one
-        self.memories: list[Memory] = []  # its own
         self.looks: dict[tuple[Memory, int, int], bytes] = {}  # what it has read of others' since its last pause
-        self.pieces = 0  # of work so far
+        self.ended = False
+        self.waiting: Fiber | None = None  # for the end of this one
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def exception(self) -> BaseException | None:
+        """Wait until it has ended; what it has raised."""
+        if not self.ended:
+            self.waiting = self.machine.running
+            self.machine.give_up()
+        return self.error
+
+    def result(self) -> Any:
+        """Wait until it has ended; what it has returned, or raises what it has raised."""
+        if self.exception():
+            raise self.error  # type: ignore[misc]
+        return self.value
 
 
 class Node:
     """The cores and the link of a node.
 
-    Of k busy ranks each gets min(1, cores / k) of a core: no rank is preferred. ``done`` is what a rank that has
-    been busy all the time has got so far; a rank's work ends when ``done`` reaches what it was at its begin and the
-    work itself.
+    Of k busy threads each gets min(1, cores / k) of a core: none is preferred. ``done`` is what one that has been
+    busy all the time has got so far; work ends when ``done`` reaches what it was at its begin and the work itself.
     """
 
     def __init__(self, machine: Machine, cores: int, crowding: float) -> None:
         self.machine, self.cores, self.crowding = machine, cores, crowding
         self.sending = self.receiving = 0.0  # until when the link is taken
         self.done = self.since = 0.0
-        self.busy: list[tuple[float, int, Rank]] = []
+        self.busy: list[tuple[float, int, Fiber]] = []
         self.plan = 0
 
     def rate(self, busy: int) -> float:
-        """Seconds of work that each of so many busy ranks gets done in a second."""
+        """Seconds of work that each of so many gets done in a second."""
         crowd = self.crowding * (min(busy, self.cores) - 1) / max(1, self.cores - 1)
         return min(1.0, self.cores / busy) / (1 + crowd)
 
@@ -76,10 +101,10 @@ class Node:
         self.done = self.done + (now - self.since) * self.rate(len(self.busy)) if self.busy else 0.0
         self.since = now
 
-    def work(self, rank: Rank, seconds: float) -> None:
-        """Let the rank be resumed when it has done so much."""
+    def work(self, fiber: Fiber, seconds: float) -> None:
+        """Let it be resumed when it has done so much."""
         self._forward()
-        heapq.heappush(self.busy, (self.done + seconds, next(self.machine.numbers), rank))
+        heapq.heappush(self.busy, (self.done + seconds, next(self.machine.numbers), fiber))
         self._replan()
 
     def _replan(self) -> None:
@@ -88,13 +113,13 @@ class Node:
             ahead = max(0.0, self.busy[0][0] - self.done) / self.rate(len(self.busy))
             self.machine.at(self.machine.now + ahead, partial(self._finish, self.plan))
 
-    def _finish(self, plan: int) -> Rank | None:
+    def _finish(self, plan: int) -> Fiber | None:
         if plan != self.plan:
             return None  # others came since
         self._forward()
-        self.done, _, rank = heapq.heappop(self.busy)
+        self.done, _, fiber = heapq.heappop(self.busy)
         self._replan()
-        return rank
+        return fiber
 
 
 class Pause(Backoff):
@@ -103,9 +128,9 @@ class Pause(Backoff):
     The look after something has changed comes when it would have come, had the rank looked all the time.
     """
 
-    def __init__(self, machine: Machine, rank: Rank, longest: float) -> None:
+    def __init__(self, machine: Machine, longest: float) -> None:
         super().__init__(longest)
-        self.machine, self.rank = machine, rank
+        self.machine = machine
         self.ended = machine.now  # the last one
         self.begun = self.look = 0.0
 
@@ -153,13 +178,14 @@ class Machine:
         self.costs, self.seed = costs, seed
         self.now = 0.0
         self.numbers = itertools.count()  # of events, so that those of one time have an order
-        self.events: list[tuple[float, int, Callable[[], Rank | None]]] = []
+        self.events: list[tuple[float, int, Callable[[], Fiber | None]]] = []
         per_node = costs.node or ranks
         self.nodes = [Node(self, costs.cores or per_node, costs.crowding) for _ in range(-(-ranks // per_node))]
         self.ranks = [Rank(i, self.nodes[i // per_node]) for i in range(ranks)]
         self.factors = [*costs.slow, *[1.0] * ranks][:ranks]
+        self.running: Fiber
+        self._alive: dict[Fiber, None] = {}  # in order
         self._error: BaseException | None = None
-        self._alive = ranks
         self._ended = threading.Event()
         self._heard = 0.0  # when a rank last had news
 
@@ -173,84 +199,93 @@ class Machine:
         RuntimeError
             If all ranks wait, and nothing will ever happen.
         """
-        results: list[Any] = [None] * len(self.ranks)
-
-        def live(rank: Rank) -> None:
-            rank.turn.acquire()
-            try:
-                if self._error is None:
-                    results[rank.number] = program(rank)
-            except Stopped:
-                pass
-            except BaseException as error:
-                self._error = self._error or error
-            self._alive -= 1
-            following = None
-            if self._alive and self._error is None:
-                try:
-                    following = self._next(rank)
-                except RuntimeError as error:
-                    self._error = error
-            if following:
-                following.turn.release()
-            else:
-                self._ended.set()
-
-        threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in self.ranks]
-        for thread, rank in zip(threads, self.ranks, strict=True):
-            thread.start()
-            self.at(0.0, partial(_itself, rank))
+        fibers = [self.begin(rank, partial(program, rank)) for rank in self.ranks]
         self.at(BEAT, self._beat)
         self._next(None).turn.release()
         self._ended.wait()
-        for thread, rank in zip(threads, self.ranks, strict=True):
-            if thread.is_alive():
-                rank.turn.release()
-                thread.join()
+        for fiber in list(self._alive):
+            fiber.turn.release()
+            fiber.thread.join()
         if self._error is not None:
             raise self._error
-        return results
+        return [fiber.value for fiber in fibers]
 
-    def at(self, time: float, action: Callable[[], Rank | None]) -> None:
-        """Let this happen then. An action may return a rank, whose time has come."""
+    def begin(self, rank: Rank, program: Callable[[], Any]) -> Fiber:
+        """Let a rank run this beside what it runs already."""
+        fiber = Fiber(self, rank, program)
+        rank.fibers.append(fiber)
+        self._alive[fiber] = None
+        fiber.thread.start()
+        self.at(self.now, partial(_itself, fiber))
+        return fiber
+
+    def live(self, fiber: Fiber) -> None:
+        """What a fiber's thread does: run its program, when its time has come, and hand over."""
+        fiber.turn.acquire()
+        following = None
+        try:
+            if self._error is None:
+                self.running = fiber
+                fiber.value = fiber.program()
+        except Stopped:
+            pass
+        except BaseException as error:
+            fiber.error = error
+            if fiber is fiber.rank.fibers[0]:
+                self._error = self._error or error
+        fiber.ended = True
+        fiber.rank.fibers.remove(fiber)
+        del self._alive[fiber]
+        if self._alive and self._error is None:
+            if fiber.waiting:
+                self.at(self.now, partial(_itself, fiber.waiting))
+            try:
+                following = self._next(fiber)
+            except RuntimeError as error:
+                self._error = error
+        if following:
+            following.turn.release()
+        else:
+            self._ended.set()
+
+    def at(self, time: float, action: Callable[[], Fiber | None]) -> None:
+        """Let this happen then. An action may return a fiber, whose time has come."""
         heapq.heappush(self.events, (time, next(self.numbers), action))
 
-    def _next(self, running: Rank | None) -> Rank:
-        """Let things happen until the time of a rank has come. What the running one has written can be seen now."""
-        for memory in running.memories if running else ():
+    def _next(self, running: Fiber | None) -> Fiber:
+        """Let things happen until the time of a fiber has come. What the running one has written can be seen now."""
+        for memory in running.rank.memories if running else ():
             memory.look()
         while self.events:
             self.now, _, action = heapq.heappop(self.events)
-            rank = action()
-            if rank is not None:
-                return rank
-        raise RuntimeError(f"simulation: must get on; got {self._alive} ranks that wait for one another")
+            fiber = action()
+            if fiber is not None:
+                return fiber
+        raise RuntimeError(f"simulation: must get on; got {len(self._alive)} ranks that wait for one another")
 
-    def give_up(self, rank: Rank) -> None:
-        """Let the others run until something resumes this rank."""
+    def give_up(self) -> None:
+        """Let the others run until something resumes the running fiber."""
+        me = self.running
         if self._error is None:
-            following = self._next(rank)
-            if following is not rank:
+            following = self._next(me)
+            if following is not me:
                 following.turn.release()
-                rank.turn.acquire()
+                me.turn.acquire()
+                self.running = me
         if self._error is not None:
             raise Stopped
 
     def _beat(self) -> None:
-        waiting = [rank for rank in self.ranks if rank.pause and rank.pause.begun <= self.now - BEAT]
-        if len(waiting) == self._alive and self.now - self._heard > PATIENCE:
+        waiting = [fiber for fiber in self._alive if fiber.pause and fiber.pause.begun <= self.now - BEAT]
+        if len(waiting) == len(self._alive) and self.now - self._heard > PATIENCE:
             return  # and nothing will happen any more
-        for rank in waiting:
-            self.wake(rank)
+        for fiber in waiting:
+            self.wake(fiber)
         self.at(self.now + BEAT, self._beat)
 
-    def sleep(self, rank: Rank, until: float) -> None:
-        """The rank's time goes on to then."""
-        self.at(until, partial(_itself, rank))
-        self.give_up(rank)
-
-    def work(self, rank: Rank, seconds: float) -> None:
-        """The rank's time goes on by so much work of its own, on its node's cores."""
+    def work(self, seconds: float) -> None:
+        """The running fiber's time goes on by so much work of its own, on its node's cores."""
+        rank = self.running.rank
         seconds *= self.factors[rank.number]
         if self.costs.jitter and seconds:
             z = normals(np.empty((1, 2), np.float32), seed=self.seed, update=rank.pieces % 2**32,
@@ -258,8 +293,8 @@ class Machine:
             seconds *= math.exp(self.costs.jitter * float(z[0, 0]))
             rank.pieces += 1
         if seconds:
-            rank.node.work(rank, seconds)
-            self.give_up(rank)
+            rank.node.work(self.running, seconds)
+            self.give_up()
 
     def carry(self, source: Node, to: Node, nbytes: int, begin: float) -> float:
         """When a transfer between two nodes, asked for at ``begin``, has left the sender's link."""
@@ -273,37 +308,41 @@ class Machine:
     # -- ranks that poll
 
     def pause(self, pause: Pause) -> None:
-        """Nothing, if something has changed since the rank looked; or else until something does."""
-        rank = pause.rank
-        if rank.heard == rank.news and not any(memory.changed(lo, hi, seen)
-                                               for (memory, lo, hi), seen in rank.looks.items()):
-            memories = {memory for memory, _, _ in rank.looks}
+        """Nothing, if something has changed since the running fiber looked; or else until something does."""
+        me = self.running
+        if me.heard == me.news and not any(memory.changed(lo, hi, seen) for (memory, lo, hi), seen in me.looks.items()):
+            memories = dict.fromkeys(memory for memory, _, _ in me.looks)
             for memory in memories:
-                memory.watchers[rank] = None
-            rank.pause = pause
-            self.give_up(rank)
+                memory.watchers[me] = None
+            me.pause = pause
+            self.give_up()
             for memory in memories:
-                del memory.watchers[rank]
+                del memory.watchers[me]
         else:
             pause.count += 1
-        rank.heard = rank.news
-        rank.looks.clear()
+        me.heard = me.news
+        me.looks.clear()
 
     def tell(self, rank: Rank) -> None:
         """Something happened that the rank can see."""
-        rank.news += 1
+        for fiber in rank.fibers:
+            self.tell_one(fiber)
+
+    def tell_one(self, fiber: Fiber) -> None:
+        """Something happened that this one can see."""
+        fiber.news += 1
         self._heard = self.now
-        self.wake(rank)
+        self.wake(fiber)
 
-    def wake(self, rank: Rank) -> None:
+    def wake(self, fiber: Fiber) -> None:
         """End its pause, if it is in one."""
-        if rank.pause:
-            self.at(rank.pause.end(self.now), partial(_itself, rank))
-            rank.pause = None
+        if fiber.pause:
+            self.at(fiber.pause.end(self.now), partial(_itself, fiber))
+            fiber.pause = None
 
 
-def _itself(rank: Rank) -> Rank:
-    return rank
+def _itself(fiber: Fiber) -> Fiber:
+    return fiber
 
 
 class Memory:
@@ -312,7 +351,7 @@ class Memory:
     def __init__(self, machine: Machine, owner: Rank, nbytes: int) -> None:
         self.machine, self.owner = machine, owner
         self.bytes = np.zeros(nbytes, np.uint8)
-        self.watchers: dict[Rank, None] = {}  # ranks in a pause that have read some of it; in order
+        self.watchers: dict[Fiber, None] = {}  # those in a pause that have read some of it; in order
         owner.memories.append(self)
 
     def changed(self, lo: int, hi: int, seen: bytes) -> bool:
@@ -320,7 +359,7 @@ class Memory:
 
     def look(self) -> None:
         """End the pauses of those who could see that something is written."""
-        for rank in self.watchers:
-            if rank.pause and any(memory is self and self.changed(lo, hi, seen)
-                                  for (memory, lo, hi), seen in rank.looks.items()):
-                self.machine.tell(rank)
+        for fiber in self.watchers:
+            if fiber.pause and any(memory is self and self.changed(lo, hi, seen)
+                                   for (memory, lo, hi), seen in fiber.looks.items()):
+                self.machine.tell_one(fiber)

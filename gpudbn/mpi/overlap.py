@@ -14,7 +14,7 @@ the host only, so what it does needs no GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Overlapped(Asynchronous):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._thread = ThreadPoolExecutor(1, "exchange")
+        self._thread = self.wire.worker()
         self._running: Future[None] | None = None
         self._beside = Tally(self.wire.clock)  # of the thread
         self._fetched = np.zeros(0, np.float32)  # what the last exchange has pulled
@@ -57,6 +57,7 @@ class Overlapped(Asynchronous):
             _copy(self._fetched, parameters)
         before[...] = parameters
         self._pulled, self._pulls = fetch, self._pulls + fetch
+        self.wire.worked("exchange", parameters.nbytes)
 
         def push_and_pull() -> None:
             for link, push in zip(self.links, pushes, strict=True):

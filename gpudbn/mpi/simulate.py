@@ -76,10 +76,8 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     Raises
     ------
     UserError
-        If the settings do not fit so many replicas, or a simulation, or the costs not the run.
+        If the settings do not fit so many replicas, or the costs not the run.
     """
-    if settings.overlap == "on":
-        raise UserError("--overlap: must be off in a simulation, whose ranks do one thing at a time; got on")
     servers = settings.servers if settings.mode == "async" else 0
     chosen(settings, servers + replicas)  # or refused at once
     size = largest(settings, data, labelled)

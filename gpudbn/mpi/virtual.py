@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpudbn.mpi.costs import Costs
-from gpudbn.mpi.machine import Machine, Memory, Pause, Rank
+from gpudbn.mpi.machine import Fiber, Machine, Memory, Pause, Rank
 from gpudbn.mpi.wire import LONGEST_PAUSE, Backoff, Wire
 
 FEW = 64  # bytes; what a rank reads of another's memory and is no longer is what it may be waiting for
@@ -148,7 +148,7 @@ class Comm:
             self.machine.tell(target)
 
         if target.node is self.me.node:
-            self.machine.work(self.me, costs.message.seconds(len(text)))
+            self.machine.work(costs.message.seconds(len(text)))
             request.finish()
             arrive()
         else:
@@ -226,7 +226,7 @@ class Comm:
         """What all ranks brought, in order. Waits for them."""
         found: list[Any] = []
         request = self._meet("share", (mine, found), 0, _exchange)
-        pause = Pause(self.machine, self.me, LONGEST_PAUSE)
+        pause = Pause(self.machine, LONGEST_PAUSE)
         while not request.Test():
             pause()
         return found
@@ -342,7 +342,7 @@ class Win:
             seen = memory.bytes[offset : offset + into.nbytes]
             into.reshape(-1).view(np.uint8)[:] = seen
             if into.nbytes <= FEW:
-                self.me.looks[memory, offset, offset + into.nbytes] = seen.tobytes()
+                self.machine.running.looks[memory, offset, offset + into.nbytes] = seen.tobytes()
 
         network = self.machine.costs.network
         self._go(memory, into.nbytes, read, lambda now: self.machine.carry(
@@ -361,10 +361,10 @@ class Win:
     def _go(self, memory: Memory, nbytes: int, action: Callable[[], None], there: Callable[[float], float]) -> None:
         """Do it within the node, at once; or send it on its way, to be there at a time and answered."""
         if memory.owner.node is self.me.node:
-            self.machine.work(self.me, self.machine.costs.copy.seconds(nbytes))
+            self.machine.work(self.machine.costs.copy.seconds(nbytes))
             action()
             return
-        answered = Answer(self.machine, self.me)
+        answered = Answer(self.machine)
         self.open.append(answered)
         time = there(self.machine.now)
         self.machine.at(time, action)
@@ -372,20 +372,34 @@ class Win:
 
 
 class Answer:
-    """The end of a one-sided transfer between nodes: its rank waits without looking at anything else."""
+    """The end of a one-sided transfer between nodes: waited for without looking at anything else."""
 
-    def __init__(self, machine: Machine, rank: Rank) -> None:
-        self.machine, self.rank = machine, rank
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.fiber = machine, machine.running
         self.there = self.awaited = False
 
-    def come(self) -> Rank | None:
+    def come(self) -> Fiber | None:
         self.there = True
-        return self.rank if self.awaited else None
+        return self.fiber if self.awaited else None
 
     def wait(self) -> None:
         if not self.there:
             self.awaited = True
-            self.machine.give_up(self.rank)
+            self.machine.give_up()
+
+
+class Worker:
+    """Stands for an executor with one thread, on the cores of a rank's node like the rank itself."""
+
+    def __init__(self, machine: Machine, rank: Rank) -> None:
+        self.machine, self.rank = machine, rank
+
+    def submit(self, work: Callable[[], Any]) -> Fiber:
+        """Begin with it now; the last work has ended."""
+        return self.machine.begin(self.rank, work)
+
+    def shutdown(self) -> None:
+        """Nothing is left of it."""
 
 
 class VirtualWire(Wire):
@@ -399,14 +413,17 @@ class VirtualWire(Wire):
         return self.machine.now
 
     def pause(self, longest: float = LONGEST_PAUSE) -> Backoff:
-        return Pause(self.machine, self.comm.me, longest)
+        return Pause(self.machine, longest)
 
     def worked(self, what: str, nbytes: int) -> None:
-        self.machine.work(self.comm.me, getattr(self.machine.costs, what).seconds(nbytes))
+        self.machine.work(getattr(self.machine.costs, what).seconds(nbytes))
 
     def compute(self, seconds: float) -> None:
         """Own work that takes so long on a core of its own."""
-        self.machine.work(self.comm.me, seconds)
+        self.machine.work(seconds)
+
+    def worker(self) -> Worker:
+        return Worker(self.machine, self.comm.me)
 
     @property
     def place(self) -> dict[str, object]:

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,10 @@ class Wire:
     def pause(self, longest: float = LONGEST_PAUSE) -> Backoff:
         """What a loop that polls calls whenever it saw nothing new; it sleeps up to ``longest`` seconds."""
         return Backoff(longest)
+
+    def worker(self) -> Any:
+        """A ``concurrent.futures`` executor with one thread, for what this rank does beside its work."""
+        return ThreadPoolExecutor(1)
 
     def worked(self, what: str, nbytes: int) -> None:
         """I have just worked on so many bytes of my memory: ``apply``, ``publish`` or ``exchange``.

@@ -132,7 +132,7 @@ def check_pause():
     """Pauses of 0 until the 30th look, then of 20 us, doubled every 8; a look takes LOOK."""
     machine = Machine(1, Costs(oversleep=0.0))
     for change in (0.0, 29.5 * LOOK, 30.5 * LOOK, 40e-6, 3e-3, 0.1, 1.7):
-        pause = Pause(machine, machine.ranks[0], 0.25e-3)
+        pause = Pause(machine, 0.25e-3)
         pause.look, time, count = LOOK, 0.0, 0
         while True:  # look by look
             count += 1
@@ -208,6 +208,34 @@ def test_a_collective_takes_as_long_as_the_cheaper_of_a_tree_and_a_ring():
     assert_close(seconds("allgather", 4, 1000, **net), 3 * 2e-3, rtol=1e-12)
     assert_close(seconds("barrier", 4, 0, message=Hop(1e-6, 1e9)), 2e-6, rtol=1e-12)  # one node
     assert seconds("allreduce", 1, 100, **net) == 0
+
+
+def check_beside():
+    """What a rank does beside its work shares the node's core with it, and is waited for."""
+    def rank(wire):
+        begun, seen = wire.clock(), []
+
+        def work():
+            wire.compute(1.0)
+            seen.append(wire.clock() - begun)
+            return 7
+
+        doing = wire.worker().submit(work)
+        wire.compute(0.2)
+        seen.append(wire.clock() - begun)
+        assert doing.result() == 7
+        seen.append(wire.clock() - begun)
+        failing = wire.worker().submit(lambda: 1 // 0)
+        assert isinstance(failing.exception(), ZeroDivisionError)
+        return seen
+
+    assert_close(run(Machine(1, Costs(cores=1)), rank)[0], [0.4, 1.2, 1.2], atol=1e-9)
+    assert_close(run(Machine(1, Costs(cores=2)), rank)[0], [0.2, 1.0, 1.0], atol=1e-9)
+
+
+def test_work_beside_work():
+    assert_notices(check_beside, machine_module, "self.at(self.now, partial(_itself, fiber.waiting))",
+                   "self.at(self.now + 1, partial(_itself, fiber.waiting))")
 
 
 def test_the_first_error_ends_all_ranks():

@@ -39,6 +39,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("settings", [
     {}, {"servers": 2, "n_fetch": 8, "server_rule": "adagrad"}, {"push": "factored"}, {"staleness": "compensate"},
+    {"overlap": "on", "n_fetch": 8},
     {"mode": "local"}, {"mode": "sync"}])
 def test_a_run_is_the_same_each_time(settings):
     costs = {"jitter": 0.3, "node": 2}
@@ -137,13 +138,24 @@ def test_a_slow_network_to_one_server_is_shared_out():
     assert 0.4 * one.seconds < two.seconds < 0.7 * one.seconds
 
 
+def test_an_exchange_beside_the_computation_is_not_waited_for():
+    """A push and a pull take some 4 ms, two updates of 8 rows 5.6 ms."""
+    costs = Costs(phases=(LAYER,), node=1, network=Hop(1e-4, 2e7), cores=2)
+    after, beside = (simulate(small_settings(layers=(500,), epochs=2, finetune_epochs=0, n_push=2, n_fetch=2,
+                                             overlap=overlap), small_data(400), replicas=2, costs=costs)
+                     for overlap in ("off", "on"))
+    moving = [[r["seconds"]["transferring"] + r["seconds"]["waiting"] for r in found.replicas]
+              for found in (after, beside)]
+    assert max(moving[1]) < 0.5 * min(moving[0])
+    assert beside.seconds < 0.8 * after.seconds
+    assert all(r["beside"]["transferring"] > 0.01 for r in beside.replicas)
+
+
 def test_errors_of_ranks_come_out():
     with pytest.raises(NonFiniteError, match="layer 1"):
         simulated(2, learning_rate=1e30, decay=1e-3)
     with pytest.raises(UserError, match="costs: must have 2 phases, as the run has; got 3"):
         simulate(small_settings(layers=(11,)), small_data(), replicas=2, costs=Costs(**COSTS))
-    with pytest.raises(UserError, match="--overlap: must be off in a simulation"):
-        simulated(2, overlap="on")
     with pytest.raises(UserError, match="--order: must be fast with --mode async"):
         simulated(2, order="fixed")
 
