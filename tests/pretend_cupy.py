@@ -325,7 +325,10 @@ class ndarray:  # noqa: N801 - CuPy's name
         return ndarray(self._memory[index])
 
     def __setitem__(self, slices, value):
-        index, value = _index(slices), _memory(value)
+        if isinstance(slices, ndarray) and slices.dtype.kind == "b" and not isinstance(value, ndarray):
+            index, value = slices._memory, _memory(value)  # one number wherever the mask is: nobody has to count
+        else:
+            index, value = _index(slices), _memory(value)
         if self._memory.dtype.kind != "c" and np.iscomplexobj(value):
             raise TypeError("complex numbers must not be assigned to real ones")
         device.do(lambda: self._memory.__setitem__(index, value))
@@ -366,6 +369,9 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def max(self, axis=None, out=None, keepdims=False):
         return _reduce(np.max, self, out, axis=axis, keepdims=keepdims)
+
+    def min(self, axis=None, out=None, keepdims=False):
+        return _reduce(np.min, self, out, axis=axis, keepdims=keepdims)
 
     def all(self, axis=None, out=None, keepdims=False):
         return _reduce(np.all, self, out, axis=axis, keepdims=keepdims)
@@ -452,13 +458,14 @@ class ufunc:  # noqa: N801 - CuPy's name
         return out
 
 
-UFUNCS = ("absolute", "add", "divide", "equal", "exp", "greater", "greater_equal", "isfinite", "less", "less_equal",
-          "log", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "rint", "sqrt",
-          "square", "subtract", "tanh")
+UFUNCS = ("absolute", "add", "bitwise_and", "bitwise_or", "divide", "equal", "exp", "greater", "greater_equal",
+          "isfinite", "left_shift", "less", "less_equal", "log", "logaddexp", "maximum", "minimum", "multiply",
+          "negative", "not_equal", "power", "right_shift", "rint", "sqrt", "square", "subtract", "tanh")
 for _name in UFUNCS:
     globals()[_name] = ufunc(getattr(np, _name))
 
-OPERATORS = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "power", "lt": "less",
+OPERATORS = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "power",
+             "and": "bitwise_and", "or": "bitwise_or", "lshift": "left_shift", "rshift": "right_shift", "lt": "less",
              "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}
 
 
@@ -554,6 +561,24 @@ def arange(start, stop=None, step=1, dtype=None):
     return ndarray(np.arange(0, start, step, dtype) if stop is None else np.arange(start, stop, step, dtype))
 
 
+def concatenate(tup, axis=0, out=None, *, dtype=None, casting="same_kind"):
+    assert (axis, out, dtype, casting) == (0, None, None, "same_kind")
+    device.work()
+    return ndarray(np.concatenate([_array(a)._memory for a in tup]))
+
+
+def packbits(a, axis=None, bitorder="big"):
+    assert (axis, bitorder) == (None, "big")
+    device.work()
+    return ndarray(np.packbits(_array(a)._memory))
+
+
+def unpackbits(a, axis=None, bitorder="big"):
+    assert (axis, bitorder) == (None, "big")
+    device.work()
+    return ndarray(np.unpackbits(_array(a)._memory))
+
+
 def copyto(dst, src, casting="same_kind", where=None):
     assert where is None
     to, source = _array(dst)._memory, _array(src)._memory
@@ -642,8 +667,9 @@ cuda = SimpleNamespace(runtime=runtime, Device=_Device, Stream=Stream, Event=Eve
 
 random = SimpleNamespace(random=lambda size, dtype: ndarray(np.random.default_rng().random(size, dtype)))
 
-FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "copyto", "empty", "empty_like", "full",
-             "get_default_memory_pool", "matmul", "ones", "sum", "tile", "zeros", "zeros_like")
+FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "concatenate", "copyto", "empty", "empty_like", "full",
+             "get_default_memory_pool", "matmul", "ones", "packbits", "sum", "tile", "unpackbits", "zeros",
+             "zeros_like")
 _operators()
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from gpudbn import loop, pretrain
+from gpudbn.arrays import to_cpu, to_gpu
+from gpudbn.factors import Factors
 from gpudbn.mpi import changes
 from gpudbn.mpi.changes import BYTES, Packing, decode
 from gpudbn.mpi.costs import Compute, Costs
+from gpudbn.mpi.rules import Compensated, add
 from gpudbn.mpi.simulate import simulate
+from tests import pretend_cupy
 from tests.helpers import assert_close, assert_notices
 from tests.mpi.test_protocol import Job
 from tests.test_loop import small_data, small_settings
@@ -110,6 +116,32 @@ def test_an_encoding_that_is_not_known_is_refused():
     label[changes.ENCODING] = 99
     with pytest.raises(ValueError, match="decode: encoding must be"):
         decode(label, payload, ZEROS, out=np.empty(3, np.float32))
+
+
+@pytest.mark.parametrize("push", ["dense", *SIXTEEN, "factored"])
+def test_on_a_gpu_changes_are_packed_and_applied_to_the_same_bits(push):
+    """By a compensating rule; what is pushed does not come to the host, but for the scale of float16 and the kinds."""
+    rng, n, m, rows = np.random.default_rng(6), 40, 30, 3
+    start = rng.standard_normal((2, n * m + n + m)).astype(np.float32)
+    v, h = (rng.integers(0, 2, (2, 2 * rows, k)).astype(np.float32) for k in (n, m))
+
+    def run(put):
+        packing, rule = Packing(push), Compensated(add, 2.0)
+        p = put(start[0])
+        rule.begin(put(start[0] / 2), 1)
+        for number in range(2):
+            change, updates = put(start[1] * np.float32(0.01)), Factors(n, m)
+            updates.add(put(v[number]), put(h[number]), rows, model_weight=1, rate=0.01, decay=0.1)
+            label, payload = packing.encode(change, base=0, factors=updates)
+            assert packing.last == push
+            assert type(payload) is type(p)
+            changes.apply(partial(rule, replica=0), p, label, payload.view(np.uint8), 0)
+        return to_cpu(p)
+
+    expected = run(np.copy)
+    assert np.abs(expected - start[0]).max() > 1e-3
+    with pretend_cupy.installed():
+        assert np.array_equal(run(to_gpu), expected)
 
 
 # -- factored: the product itself is tested in tests/test_factors.py
