@@ -194,7 +194,7 @@ class Exchange:
             ``role``, ``number``, and what ``Tally.about`` tells; ``pushes``, ``pulls``, ``reads_retried``,
             ``reads_asked``: 0 unless asynchronous.
         """
-        return {"role": "replica", "number": self.replica, **self.tally.about(),
+        return {"role": "replica", "number": self.replica, "part": self.shards.index, **self.tally.about(),
                 "pushes": 0, "pulls": 0, "reads_retried": 0, "reads_asked": 0}
 
     def reports(self) -> list[dict[str, Any]] | None:

@@ -2,9 +2,11 @@
 
     with tally.timing("transferring"): ...
 
-A rank is in one state at a time, and what comes and goes within a wait or a transfer belongs to it. To enter a state
-costs a look at the clock and two appends; every ``FOLD`` entries are added up at once. Memory is bounded: of the
-whole run there are ``BINS`` stretches of equal length, which doubles when the run outgrows them.
+A rank is in one state at a time, and what comes and goes within a wait or a transfer belongs to it. A call of the wire
+that moves little counts as a wait for others; one that moves much as a transfer, the wait for others in it included.
+
+To enter a state costs a look at the clock and two appends; every ``FOLD`` entries are added up at once. Memory is
+bounded: of the whole run there are ``BINS`` stretches of equal length, which doubles when the run outgrows them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -60,7 +63,7 @@ class Tally:
         self._until = self.start
         self._timings = [_Timing(self, number) for number in range(len(STATES))]
 
-    def timing(self, state: str) -> _Timing:
+    def timing(self, state: str) -> AbstractContextManager[None]:
         """A context manager: what happens in it is this, unless it lies within a wait or a transfer."""
         return self._timings[NUMBER[state]]
 

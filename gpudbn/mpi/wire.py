@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from gpudbn.mpi.tally import Tally
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
 GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
+MOVES_AT_ONCE = 1 << 14  # bytes; a call with so few that takes its time waits for other ranks
 LONGEST_PAUSE = 1e-3  # seconds between two looks of a rank that has waited for long
 DRAIN = 0.3  # seconds for the launcher to pass on what a rank has printed, before the job is ended
 
@@ -237,6 +239,10 @@ class Wire:
             while not request.Test():
                 pause()
 
+    def _moving(self, array: Array) -> AbstractContextManager[None]:
+        """The state of a call that moves this array between ranks, and waits for them."""
+        return self.tally.timing("waiting" if array.nbytes <= MOVES_AT_ONCE else "transferring")
+
     def barrier(self) -> None:
         """Wait until all are here."""
         with self.tally.timing("waiting"):
@@ -245,39 +251,39 @@ class Wire:
     def broadcast(self, array: Array, root: int = 0) -> None:
         """array = that of ``root``, in place."""
         mine = self.rank == root
-        with self.tally.timing("transferring"), self.staging.host(array, read=mine, write=not mine) as host:
+        with self._moving(array), self.staging.host(array, read=mine, write=not mine) as host:
             self._wait(self.comm.Ibcast(host, root))
         self._count(sent=array.nbytes if mine else 0, received=0 if mine else array.nbytes)
 
     def allreduce_(self, array: Array) -> None:
         """array = sum over ranks of array, in place; the same bits on every rank."""
-        with self.tally.timing("transferring"), self.staging.host(array, read=True, write=True) as host:
+        with self._moving(array), self.staging.host(array, read=True, write=True) as host:
             self._wait(self.comm.Iallreduce(self.mpi.IN_PLACE, host, self.mpi.SUM))
         self._count(sent=array.nbytes, received=array.nbytes)
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, stacked: shape (size, *array.shape), the same shape on every rank."""
         everything = np.empty((self.size, *array.shape), array.dtype)
-        with self.tally.timing("transferring"):
+        with self._moving(array):
             self._wait(self.comm.Iallgather(np.ascontiguousarray(array), everything))
         self._count(sent=array.nbytes, received=everything.nbytes)
         return everything
 
     def allgather_(self, arrays: Array) -> None:
         """arrays[r] = that of rank r, for all r, in place: shape (size, ...), of which each rank has filled its own."""
-        with self.tally.timing("transferring"), self.staging.host(arrays, read=True, write=True) as host:
+        with self._moving(arrays), self.staging.host(arrays, read=True, write=True) as host:
             self._wait(self.comm.Iallgather(self.mpi.IN_PLACE, host))
         self._count(sent=arrays[0].nbytes, received=arrays.nbytes)
 
     def send(self, array: Array, to: int, tag: int = 0) -> None:
         """Give an array to a rank that calls ``recv``."""
-        with self.tally.timing("transferring"), self.staging.host(array, read=True) as host:
+        with self._moving(array), self.staging.host(array, read=True) as host:
             self._wait(self.comm.Isend(host, to, tag))
         self._count(sent=array.nbytes)
 
     def recv(self, array: Array, source: int, tag: int = 0) -> None:
         """Fill the array, of the shape and type that was sent."""
-        with self.tally.timing("transferring"), self.staging.host(array, write=True) as host:
+        with self._moving(array), self.staging.host(array, write=True) as host:
             self._wait(self.comm.Irecv(host, source, tag))
         self._count(received=array.nbytes)
 

@@ -10,7 +10,10 @@ from threading import Thread
 import numpy as np
 
 from gpudbn.mpi import tally as module
+from gpudbn.mpi.costs import Costs, Hop
+from gpudbn.mpi.machine import Machine
 from gpudbn.mpi.tally import STATES, Tally
+from gpudbn.mpi.virtual import run
 from gpudbn.mpi.wire import Wire
 from tests.helpers import assert_close, assert_notices
 
@@ -133,6 +136,25 @@ def test_memory_stays_as_it_is():
     assert sum(times.nbytes + states.nbytes for times, states in tally._first) < 300_000
     assert len(tally._times) <= module.FOLD + 1
     assert tally.about()["timeline"]["until"] < tally.about()["timeline"]["end"]
+
+
+def test_who_comes_first_to_a_small_meeting_waits_and_much_is_a_transfer():
+    def seconds(entries):
+        def rank(wire):
+            wire.worked("apply", 1_000_000_000 * wire.rank)  # the second one comes a second later
+            wire.allreduce_(np.zeros(entries))
+            return wire.tally.seconds()
+
+        return run(Machine(2, Costs(apply=Hop(0.0, 1e9), oversleep=0.0)), rank)[0]
+
+    def check():
+        few, many = seconds(5), seconds(5_000)
+        assert_close([few["waiting"], many["transferring"]], [1, 1], atol=2e-3)
+        assert few["transferring"] == many["waiting"] == 0
+
+    from gpudbn.mpi import wire
+
+    assert_notices(check, wire, "array.nbytes <= MOVES_AT_ONCE", "False")
 
 
 def test_clocks_are_aligned_by_the_quickest_answer():
