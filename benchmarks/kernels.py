@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import transports
 from gpudbn.precision import TENSOR_CORES, bf16, bf16_parts, tf32
 
 ROOT = Path(__file__).parent.parent
 CASES = [(784, 500, 100), (784, 2000, 128), (4096, 4096, 1024)]  # n, m, B
 TOY = [(13, 7, 5), (37, 67, 11)]
-PARTS = ("updates", "kernels", "large", "memcheck", "racecheck")  # files of results, in the order of the page
+PARTS = ("updates", "mpi", "kernels", "large", "memcheck", "racecheck")  # files of results, in the order of the page
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 2e-4
 SITES = {"h0": 4 << 24, "v1": 4 << 24 | 1, "h1": 4 << 24 | 2}
 NEAR = {"seed": 7, "update": 3, "row": 0}
@@ -561,6 +562,8 @@ def _page(name: str, part: dict[str, Any]) -> list[str]:
             lines.append(f"| {r['what']} | {r['n']}x{r['m']}, {r['B']} | {r['by']} | {r['median_us']:.2f} | "
                          f"{r['min_us']:.2f} | {r['max_us']:.2f} | {r['tflops']:.2f} | {' | '.join(of)} | "
                          f"{r.get('tiles', '')} |")
+    if part.get("transfers"):
+        lines += ["", *transports.table(part)]
     lines += [f"\nNot taken: {reason}" for reason in part.get("refused", [])]
     return lines + [f"\nFAILED: {failure}" for failure in part.get("failures", [])]
 

@@ -8,6 +8,7 @@
 #     tests         pytest -m gpu                             OUT/tests.log
 #     updates       an update by every path, beside PyTorch and rbms; launches, barriers        OUT/updates.json
 #     training      test error and time                       OUT/run/, OUT/training.log
+#     mpi           a server and two replicas, by way of the host and from GPU to GPU           OUT/mpi.json
 #     kernels       each kernel beside plain CuPy and PyTorch OUT/kernels.json
 #     large         wgmma kernels beside cuBLAS, on Hopper    OUT/large.json
 #     sanitizer     memcheck and racecheck at toy sizes, where compute-sanitizer is there and allowed
@@ -16,6 +17,7 @@
 #
 #     GPUDBN_WHEELS    a folder of wheels that the machine lacks; put first on Python's path, not installed
 #     GPUDBN_MNIST     a folder with MNIST's four IDX files; without it the built-in digits are trained on
+#     GPUDBN_CUDA_MPI  a folder with a CUDA-aware MPI, made by cuda_mpi.sh; without it the step mpi is skipped
 #     GPUDBN_STEPS     which steps, for instance "environment tests"; all of them. The others may come in a later call
 #     GPUDBN_PATIENCE  a whole number by which time limits are multiplied (1)
 #     GPUDBN_COMMIT    what to note as the commit, where this is no checkout
@@ -75,8 +77,18 @@ sanitize() {
     done
     return "$code"
 }
-export -f unpack sanitize
-export python wheels out
+# A rehearsal takes the MPI of this Python, and arrays whose memory is the host's in truth.
+move() {
+    local launcher=${GPUDBN_CUDA_MPI:+$GPUDBN_CUDA_MPI/mpirun}
+    if [ -n "$rehearse" ]; then
+        launcher=${launcher:-$(command -v "$(dirname "$(command -v "$python")")/mpirun" || command -v mpirun)}
+        export PYTHONPATH="$top/tests/mpi/pretend_driver:$PYTHONPATH" GPUDBN_CUDA_AWARE=1
+    fi
+    [ -n "$launcher" ] || { echo "skipped: GPUDBN_CUDA_MPI names no folder with a CUDA-aware MPI"; return 0; }
+    "$python" -m benchmarks.transports ${rehearse:+--rehearse} --mpirun "$launcher" --out "$out/mpi.json"
+}
+export -f unpack sanitize move
+export python wheels out top rehearse
 
 [ -z "${GPUDBN_WHEELS:-}" ] || GPUDBN_STEPS= step wheels 20 bash -c 'unpack "$1"' bash "$GPUDBN_WHEELS"
 
@@ -95,13 +107,14 @@ else
 fi
 
 step environment 20 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --environment "$out/environment.json"
-step tests 150 "$python" "${tests[@]}"
-step updates 120 "$python" -m benchmarks.updates ${toy[@]+"${toy[@]}"} --out "$out/updates.json"
+step tests 140 "$python" "${tests[@]}"
+step updates 115 "$python" -m benchmarks.updates ${toy[@]+"${toy[@]}"} --out "$out/updates.json"
 case " ${GPUDBN_STEPS:-training} " in *" training "*) rm -rf "$out/run" ;; esac
 step training 70 "$python" -m gpudbn.train "${training[@]}" --plots off --out "$out/run"
-step kernels 110 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
+step mpi 40 bash -c move
+step kernels 100 "$python" -m benchmarks.kernels ${toy[@]+"${toy[@]}"} --out "$out/kernels.json"
 step large 40 "$python" -m benchmarks.large ${toy[@]+"${toy[@]}"} --cases 1 --out "$out/large.json"
-step sanitizer 60 bash -c sanitize
+step sanitizer 50 bash -c sanitize
 
 echo
 cat "$out/table.md"

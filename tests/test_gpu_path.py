@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import kernels
+from benchmarks import kernels, transports
 from gpudbn import arrays, dbn, optimiser, predict, sample, train
 from gpudbn.cuda import door
 from gpudbn.dbn import DBN
@@ -31,6 +31,7 @@ from gpudbn.mpi.alone import Alone
 from gpudbn.mpi.rules import Steps
 from gpudbn.mpi.wire import Staging
 from tests import pretend_cupy
+from tests.conftest import why_no_mpi
 from tests.cuda_on_cpu import runtime
 from tests.helpers import assert_close, planted
 from tests.pretend_cupy import installed
@@ -427,7 +428,7 @@ def parameters(function):
 # ------------------------------------------------------------------------------------------ benchmarks/on_gpu.sh
 
 
-STEPS = ("environment", "tests", "updates", "training", "kernels", "large", "sanitizer")
+STEPS = ("environment", "tests", "updates", "training", "mpi", "kernels", "large", "sanitizer")
 
 
 def rehearsal(out, **variables):
@@ -460,6 +461,12 @@ def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):
     assert everything["updates"] == updates
     assert everything["kernels"] == found
     assert everything["training"][-1]["phase"] == "report"
+    if why_no_mpi() is None:
+        moved = json.loads((out / "mpi.json").read_text())
+        assert moved["equal"]
+        assert {(row["what"], row["bytes"]) for row in moved["transfers"]} == {
+            (what, nbytes) for what in ("push", "push together", "pull", "pull together") for nbytes in (2**14, 2**18)}
+        assert all(row[t]["GB/s"] > 0 for row in moved["transfers"] for t in ("staged", "direct"))
     table = (out / "table.md").read_text()
     assert table in done.stdout
     assert "rehearsal" in table
@@ -471,6 +478,18 @@ def test_the_script_for_a_gpu_machine_runs_here_at_toy_sizes(tmp_path):
     assert "skipped: " in (out / "sanitizer.log").read_text()
     limits = re.findall(r"step \w+ (\d+) ", (ROOT / "benchmarks" / "on_gpu.sh").read_text())
     assert sum(map(int, limits)) < 600, "under ten minutes"
+
+
+@pytest.mark.parametrize(("add", "adagrad", "equal"), [(0, 0, True), (0, 1e-7, True), (1e-7, 0, False),
+                                                       (0, 1e-5, False)])
+def test_transports_that_differ_are_told(add, adagrad, equal):
+    def found(by, adagrad):
+        return {"parameters": {"add": [1.0, -2 + 2 * by], "Adagrad": [4.0 + 4 * adagrad, 3.0]}}
+
+    result = transports.compared({"staged": found(0, 0), "direct": found(add, adagrad)})
+    assert result["equal"] == equal
+    assert result["apart"] == pytest.approx({"add": add, "Adagrad": adagrad})
+    assert ("agree" if equal else "DIFFER") in transports.table(result | {"transfers": []})[-1]
 
 
 def test_a_wrong_kernel_is_told_and_not_timed(tmp_path, device, monkeypatch):
