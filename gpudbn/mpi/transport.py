@@ -27,7 +27,7 @@ import numpy as np
 from gpudbn.arrays import choose_module, to_cpu, why_no_gpu
 from gpudbn.errors import UserError
 from gpudbn.mpi import direct, launch, staged
-from gpudbn.mpi.wire import Wire, guarded, library_file
+from gpudbn.mpi.wire import Wire, guarded, library
 
 TRANSPORTS = ("auto", "staged", "direct")
 VARIABLE = "GPUDBN_CUDA_AWARE"
@@ -133,8 +133,8 @@ def trial() -> str | None:
 
 def mpirun() -> str | None:
     """The mpirun of the MPI library that mpi4py finds, else that on the path, or None."""
-    library = library_file()
-    folders = [parent / "bin" for parent in library.parents[1:3]] if library else []
+    _, file = library()
+    folders = [parent / "bin" for parent in file.parents[1:3]] if file else []
     found = (folder / "mpirun" for folder in [*folders, Path(sys.executable).parent])
     return next((str(path) for path in found if os.access(path, os.X_OK)), None) or shutil.which("mpirun")
 

@@ -503,15 +503,21 @@ def _load() -> Any:
     return MPI
 
 
-def library_file() -> Path | None:
-    """The file of the MPI library that mpi4py has found; does not start MPI. None where that is not to be seen."""
-    _load()
+def library() -> tuple[str, Path | None]:
+    """Name and file of the MPI library that mpi4py has found, the file if that is to be seen; does not start MPI.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    name = _name_of(_load().Get_library_version())
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             path = Path(line.split(maxsplit=5)[-1])
             if path.name.startswith(("libmpi.so", "libmpich.so", "libmpi_")):
-                return path
-    return None
+                return name, path
+    return name, None
 
 
 def _name_of(library: str) -> str:
