@@ -16,6 +16,7 @@ import numpy as np
 from gpudbn.errors import UserError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+OLDEST = 80  # compute capability, times ten: kernels copy asynchronously, and multiply in bf16
 
 
 def is_gpu(array: Array) -> bool:
@@ -92,7 +93,7 @@ def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
     Raises
     ------
     UserError
-        If ``gpu`` is asked for and there is none.
+        If ``gpu`` is asked for and there is none, or an older one than the kernels are for.
     """
     if device == "cpu":
         return np, "CPU (NumPy)"
@@ -102,9 +103,13 @@ def choose_module(device: str, local_rank: int = 0) -> tuple[ModuleType, str]:
 
         count = cupy.cuda.runtime.getDeviceCount()
         chosen = local_rank % count
-        cupy.cuda.Device(chosen).use()
+        gpu = cupy.cuda.Device(chosen)
+        gpu.use()
         name = cupy.cuda.runtime.getDeviceProperties(chosen)["name"].decode()
-        return cupy, f"GPU {chosen} of {count} ({name})"
+        if int(gpu.compute_capability) >= OLDEST:
+            return cupy, f"GPU {chosen} of {count} ({name})"
+        reason = (f"GPU {chosen} of {count} ({name}) has compute capability {int(gpu.compute_capability) / 10:.1f}, "
+                  f"and the kernels are for {OLDEST / 10:.1f} and later")
     if device == "gpu":
         raise UserError(f"--device: must be one that is there; got gpu, but {reason}. Use --device cpu or auto")
     return np, f"CPU (NumPy; {reason})"

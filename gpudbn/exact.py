@@ -16,7 +16,9 @@ exact, below 2^53, and fast.
 
 The step is fixed, not fitted to the largest weight of a matrix: then W, its transpose and every shard of
 it are read alike, nothing must be found out before a product can start, and one large weight does not
-coarsen all others.
+coarsen all others. What two limbs of a weight would cost and lose: four products of bytes instead of six where units
+are probabilities, and two instead of three where they are samples, whose lower limbs are 0 and left out; for the
+same range of weights the step would be 2^-10, which misses a weight by up to 5e-4 instead of 2e-6.
 
 GPU twins: ``kernels/limbs.cuh``, ``kernels/rounded.cuh``, ``kernels/sigmoid.cuh``.
 """

@@ -41,11 +41,11 @@ __device__ __forceinline__ void cd_tile(const float* v, const float* h, int n, i
     float data[QUADS][4];
     auto value = [](long long total) { return multiply(__ll2float_rn(total), 1 / (UnitLimbs::STEPS * UnitLimbs::STEPS)); };
     auto sums_of = [&](int begin, int end, auto use) {
-        Operand<ALONG_LINES> a(v + (long long)begin * n, n, end - begin), b(h + (long long)begin * m, m, end - begin);
+        Matrix<ALONG_LINES> a(v + (long long)begin * n, n, end - begin), b(h + (long long)begin * m, m, end - begin);
         integer_product<UnitLimbs, UnitLimbs>(
             a, b, first_row, first_column,
-            [&](float4& quad, int line, int k) { if (k < a.depth) set_one(quad, n - line); },
-            [&](float4& quad, int line, int k) { if (k < b.depth) set_one(quad, m - line); }, use);
+            [&](float4& quad, int line, int k) { if (k < a.depth()) set_one(quad, n - line); },
+            [&](float4& quad, int line, int k) { if (k < b.depth()) set_one(quad, m - line); }, use);
     };
     sums_of(0, rows, [&](int q, int, int, const long long (&totals)[4]) {
 #pragma unroll

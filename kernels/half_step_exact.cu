@@ -23,8 +23,8 @@ __device__ __forceinline__ void half_step_tile(float* sample, float* mean, const
     auto probability = [](long long total, float bias) {
         return exact_sigmoid_of(add(multiply(__ll2float_rn(total), 1 / (UnitLimbs::STEPS * WeightLimbs::STEPS)), bias));
     };
-    Operand<ALONG_DEPTH> a(x, B, n);
-    Operand<W_NEIGHBOURS> b(W, m, n, W_NEIGHBOURS == ALONG_LINES ? shift : 0);
+    Matrix<ALONG_DEPTH> a(x, B, n);
+    Matrix<W_NEIGHBOURS> b(W, m, n, W_NEIGHBOURS == ALONG_LINES ? shift : 0);
     integer_product<UnitLimbs, WeightLimbs>(a, b, first_row, first_column, AsItIs(), AsItIs(),
                                     [&](int, int tile_row, int tile_column, const long long (&totals)[4]) {
         int r = first_row + tile_row, j = first_column + tile_column;

@@ -21,8 +21,8 @@
 // Source: the limbs of long arithmetic, Knuth, "The Art of Computer Programming" 2, section 4.3; fragments as in mma.cuh.
 // Twin: exact.integers and a float64 product
 #pragma once
+#include "matrix.cuh"
 #include "mma.cuh"
-#include "quads.cuh"
 
 struct UnitLimbs {
     static constexpr int LIMBS = 2;
@@ -32,27 +32,6 @@ struct UnitLimbs {
 struct WeightLimbs {
     static constexpr int LIMBS = 3;
     static constexpr float LARGEST = 31, STEPS = 0x1p18f;
-};
-
-// An operand is `lines` (rows of a, or columns of b) by `depth`. Its neighbours in memory lie along the lines or along the depth.
-enum Neighbours { ALONG_LINES, ALONG_DEPTH };
-
-// Where it is. `shift` columns are missing before its first line (only for ALONG_LINES).
-template <Neighbours N> struct Operand {
-    const float* data;
-    int lines, depth;
-    bool aligned;
-
-    __device__ Operand(const float* data, int lines, int depth, int shift = 0)
-        : data(data), lines(lines), depth(depth), aligned(quads_aligned(data, N == ALONG_LINES ? lines : depth, shift)) {}
-
-    // Four neighbours from (line, k) on; 0 outside.
-    __device__ __forceinline__ float4 quad(int line, int k) const
-    {
-        if (N == ALONG_DEPTH)
-            return 0 <= line && line < lines ? load_quad(data + (long long)line * depth, k, depth, aligned) : make_float4(0, 0, 0, 0);
-        return k < depth ? load_quad(data + (long long)k * lines, line, lines, aligned) : make_float4(0, 0, 0, 0);
-    }
 };
 
 constexpr int LINE_WORDS = TILE_DEPTH / 4 + 4;
@@ -97,7 +76,7 @@ template <class Kind, int LINES, Neighbours N> struct LimbPiece {
 
     // `adjust(quad, line, k)` may change what was read.
     template <class Adjust>
-    __device__ __forceinline__ void fetch(const Operand<N>& operand, int first_line, int first_k, Adjust adjust)
+    __device__ __forceinline__ void fetch(const Matrix<N>& matrix, int first_line, int first_k, Adjust adjust)
     {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
@@ -106,7 +85,7 @@ template <class Kind, int LINES, Neighbours N> struct LimbPiece {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int line_j = first_line + line + (N == ALONG_DEPTH ? j : 0), k_j = first_k + k + (N == ALONG_DEPTH ? 0 : j);
-                held[i][j] = operand.quad(line_j, k_j);
+                held[i][j] = matrix.quad(line_j, k_j);
                 adjust(held[i][j], line_j, k_j);
             }
         }
@@ -152,15 +131,11 @@ template <int WORDS> __device__ __forceinline__ Shared<WORDS>& shared_memory()  
     return shared;
 }
 
-struct AsItIs {
-    __device__ __forceinline__ void operator()(float4&, int, int) const {}
-};
-
 // Calls use(i, row, column, totals) for the quads of the tile whose first sum is (first_row, first_column): the thread's i-th of
 // QUADS, four columns from (row, column) on, counted from there. A thread gets the same quads in every call of this function.
 // Every thread of the block must call.
 template <class KindA, class KindB, Neighbours NA, Neighbours NB, class AdjustA, class AdjustB, class Use>
-__device__ __forceinline__ void integer_product(const Operand<NA>& a, const Operand<NB>& b, int first_row, int first_column,
+__device__ __forceinline__ void integer_product(const Matrix<NA>& a, const Matrix<NB>& b, int first_row, int first_column,
                                                 AdjustA adjust_a, AdjustB adjust_b, Use use)
 {
     using PieceA = LimbPiece<KindA, TILE_ROWS, NA>;
@@ -179,12 +154,12 @@ __device__ __forceinline__ void integer_product(const Operand<NA>& a, const Oper
     piece_a.fetch(a, first_row, 0, adjust_a);
     piece_b.fetch(b, first_column, 0, adjust_b);
 
-    for (int k0 = 0; k0 < a.depth; k0 += TILE_DEPTH) {
+    for (int k0 = 0; k0 < a.depth(); k0 += TILE_DEPTH) {
         __syncthreads();  // all have used the pieces before
         bool lowest_a = piece_a.put(shared_a), lowest_b = piece_b.put(shared_b);
         lowest_a = __syncthreads_or(lowest_a);  // all pieces are there
         lowest_b = __syncthreads_or(lowest_b);
-        if (k0 + TILE_DEPTH < a.depth) {
+        if (k0 + TILE_DEPTH < a.depth()) {
             piece_a.fetch(a, first_row, k0 + TILE_DEPTH, adjust_a);
             piece_b.fetch(b, first_column, k0 + TILE_DEPTH, adjust_b);
         }

@@ -2,11 +2,10 @@
 //
 //     sum[r, c] = sum over k of a(r, k) b(k, c)          r, c in one tile; k from 0 to depth
 //
-// An operand is `lines` (rows of a, or columns of b) by `depth`. Its neighbours in memory lie either along the lines or along
-// the depth. A block of THREADS threads makes TILE_ROWS x TILE_COLUMNS sums; TILE_DEPTH values of k are in shared memory at a
-// time. SLICES groups of threads share out those k among themselves and add up at the end: so a small product, which has few
-// tiles, still has enough threads to hide the way to memory. The order of a float32 sum is fixed by these constants, which
-// are the caller's, from gpudbn/cuda/layers.py.
+// Operands are as matrix.cuh has them. A block of THREADS threads makes TILE_ROWS x TILE_COLUMNS sums; TILE_DEPTH values of k
+// are in shared memory at a time. SLICES groups of threads share out those k among themselves and add up at the end: so a
+// small product, which has few tiles, still has enough threads to hide the way to memory. The order of a float32 sum is fixed
+// by these constants, which are the caller's, from gpudbn/cuda/layers.py.
 //
 //     product(a, b, first_row, first_column, adjust_a, adjust_b, use)
 //
@@ -14,26 +13,7 @@
 // each quad of columns of the tile whose first sum is (first_row, first_column); row and column count from there on. `column` is
 // a multiple of 4. Every thread of the block must call. There are two ways to it, of which TENSOR_CORES chooses one.
 #pragma once
-#include "quads.cuh"
-
-enum Neighbours { ALONG_LINES, ALONG_DEPTH };
-
-// Where a matrix is: `rows` rows of `size` neighbours. `shift` columns are missing before its first line (only for ALONG_LINES).
-template <Neighbours N> struct Matrix {
-    const float* data;
-    int rows, size;
-    bool aligned;
-
-    __device__ Matrix(const float* data, int lines, int depth, int shift = 0)
-        : data(data), rows(N == ALONG_DEPTH ? lines : depth), size(N == ALONG_DEPTH ? depth : lines),
-          aligned(quads_aligned(data, size, shift)) {}
-
-    __device__ __forceinline__ int depth() const { return N == ALONG_DEPTH ? size : rows; }
-};
-
-struct AsItIs {
-    __device__ __forceinline__ void operator()(float4&, int, int) const {}
-};
+#include "matrix.cuh"
 
 // Adds up the sums that each slice has put down, row by row, and uses them. All threads must have put theirs down.
 template <class Use> __device__ __forceinline__ void use_sums(const float* sums, Use use)

@@ -19,14 +19,6 @@ static_assert(THREADS == THREAD_RANKS * TILE_COLUMN_QUADS * SLICES, "THREADS mus
 static_assert(TILE_DEPTH % 32 == 0 && SLICE_DEPTH % 4 == 0, "the swizzle needs 8 quads a line, a slice whole quads");
 static_assert(SLICES == 1 || SLICES * TILE_ROWS * TILE_COLUMNS <= SHARED_FLOATS, "the slices' sums must fit");
 
-// Four neighbours from (line, k) on; 0 outside.
-template <Neighbours N> __device__ __forceinline__ float4 quad_of(const Matrix<N>& matrix, int line, int k)
-{
-    int row = N == ALONG_DEPTH ? line : k, first = N == ALONG_DEPTH ? k : line;
-    if (row < 0 || row >= matrix.rows) return make_float4(0, 0, 0, 0);
-    return load_quad(matrix.data + (long long)row * matrix.size, first, matrix.size, matrix.aligned);
-}
-
 // A piece of an operand, LINES x TILE_DEPTH: fetched to registers, put into shared memory, read as 4 x 4 values.
 template <int LINES, Neighbours N> struct Piece {
     static constexpr int QUADS = LINES * TILE_DEPTH / 4 / THREADS;  // that each thread carries
@@ -56,7 +48,7 @@ template <int LINES, Neighbours N> struct Piece {
         for (int i = 0; i < QUADS; i++) {
             int line, k;
             place(i, line, k);
-            held[i] = quad_of(matrix, first_line + line, first_k + k);
+            held[i] = matrix.quad(first_line + line, first_k + k);
             adjust(held[i], first_line + line, first_k + k);
         }
     }

@@ -32,13 +32,14 @@ def cupy(monkeypatch):
     class Device:
         def __init__(self, number):
             self.number = number
+            self.compute_capability = module.capability
 
         def use(self):
             used.append(self.number)
 
     runtime = types.SimpleNamespace(getDeviceCount=lambda: 3, getDeviceProperties=lambda i: {"name": b"H%d" % i})
     module.cuda = types.SimpleNamespace(runtime=runtime, Device=Device)
-    module.used = used
+    module.used, module.capability = used, "80"
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(arrays.importlib.util, "find_spec", lambda name: module)  # noqa: ARG005
     return module
@@ -80,6 +81,19 @@ def test_ranks_of_a_node_share_its_devices_in_turn(cupy):
     assert cupy.used == [0, 1, 2, 0, 1]
     assert chosen[4][1] == "GPU 1 of 3 (H1)"
     assert arrays.choose_module("cpu", 2) == (np, "CPU (NumPy)")
+
+
+@pytest.mark.parametrize("capability", ["75", "80", "100"])
+def test_a_gpu_that_the_kernels_are_not_for_is_none(cupy, capability):
+    cupy.capability = capability
+    reason = "GPU 0 of 3 (H0) has compute capability 7.5, and the kernels are for 8.0 and later"
+    if capability == "75":
+        assert arrays.choose_module("auto") == (np, f"CPU (NumPy; {reason})")
+        with pytest.raises(UserError) as caught:
+            arrays.choose_module("gpu")
+        assert f"got gpu, but {reason}. Use --device cpu or auto" in str(caught.value)
+    else:
+        assert arrays.choose_module("gpu") == (cupy, "GPU 0 of 3 (H0)")
 
 
 def test_without_a_gpu_auto_says_why_and_gpu_is_refused(monkeypatch):

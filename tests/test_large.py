@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gpudbn import large, memory, reference
+from gpudbn import large, memory, reference, trials
 from gpudbn.cuda.wgmma import Wgmma
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
@@ -24,6 +24,7 @@ from tests.pretend_cupy import installed
 from tests.test_gpu_path import finished, on_device, strong, training
 from tests.test_loop import Slice
 from tests.test_paths import paths
+from tests.test_trials import timing
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
 
@@ -147,6 +148,20 @@ def test_a_stopped_run_goes_on_with_the_same_bits(options):
             second.restore(state, about)
             list(second.run())
             assert furthest(second.dbn.arrays(), whole.dbn.arrays()) == 0
+
+
+@BY_TWINS
+def test_where_wgmma_is_the_quickest_the_run_is_its(monkeypatch):
+    monkeypatch.setattr(trials, "_known", {})
+    options = {"precision": "bf16", "epochs": 1}
+    with timing("wgmma", "graph", "fused") as (device, tried):
+        device.capability = "90"
+        run, records = finished(on_device(strong(**{**SAMPLES, **options}, kernels="auto")))
+        found = run.dbn.arrays()
+    assert tried == ["wgmma", "graph", "fused"] * 2
+    assert records[0]["path"] == "wgmma (timed, us an update: wgmma 0.3333, graph 0.6667, fused 1)"
+    expected, _ = trained(options, turn=50)
+    assert furthest(found, expected) == 0
 
 
 class Halving(Slice):

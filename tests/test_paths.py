@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import loop, pretrain, unfused
+from gpudbn import loop, unfused
 from gpudbn.dbn import DBN
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
@@ -123,44 +123,6 @@ def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
     for name, array in expected.items():
         assert_close(found[name], array, atol=TOLERANCE)
     assert {record["path"] for record in records[:-1]} == {"unfused (--kernels)"}
-
-
-PERSISTENT = [{"last_hidden": "sample"},
-              {"method": "pcd", "k": 2, "last_hidden": "sample", "binarise": "stochastic", "batch": 7}]
-
-
-def check_persistent(options):
-    """Turns of four updates and of three, the last with a short batch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "TURN", 4)
-        arrays = []
-        for kernels in ("fused", "persistent"):
-            with installed() as device:
-                run, _ = finished(on_device(strong(**{**options, "finetune_epochs": 0}, kernels=kernels)))
-                arrays.append(run.dbn.arrays())
-                assert ("cd_run" in device.launched) == (kernels == "persistent")
-                assert ("cd_update" in device.launched) == (kernels == "fused")
-                assert run.updates == 2 * 2 * -(-51 // run.settings.batch)
-    for name, array in arrays[0].items():
-        assert_close(arrays[1][name], array, atol=TOLERANCE)
-
-
-@NO_KERNELS
-@pytest.mark.parametrize("options", PERSISTENT)
-def test_turns_in_one_launch_end_where_launches_one_by_one_end(options):
-    """Samples alone cross the chip here, so that nothing is rounded that would not be otherwise."""
-    check_persistent(options)
-
-
-@NO_KERNELS
-@pytest.mark.parametrize(("line", "fault"), [
-    ("update=first.update + lo // self.batch", "update=first.update"),
-    ("positions=positions[lo:hi],", "positions=positions[: hi - lo],"),
-    ("chain_row=first.chain_row, rate=", "chain_row=1, rate="),
-])
-def test_a_turn_of_other_updates_is_noticed(line, fault):
-    with pytest.raises(AssertionError), planted(pretrain, line, fault):
-        check_persistent(PERSISTENT[1])
 
 
 @NO_KERNELS

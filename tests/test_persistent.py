@@ -84,6 +84,42 @@ def test_a_stopped_run_goes_on_with_the_same_bits():
     assert all(np.array_equal(found[name], array) for name, array in whole.items())
 
 
+SAMPLES = [{"last_hidden": "sample"},
+           {"method": "pcd", "k": 2, "last_hidden": "sample", "binarise": "stochastic", "batch": 7}]
+
+
+def check_beside_launches(options):
+    """The run by launches one by one; turns of four updates and of three, the last with a short batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TURN", 4)
+        arrays = []
+        for kernels in ("fused", "persistent"):
+            with installed() as device:
+                run, _ = finished(on_device(strong(**{**options, "finetune_epochs": 0}, kernels=kernels)))
+                arrays.append(run.dbn.arrays())
+                assert ("cd_run" in device.launched) == (kernels == "persistent")
+                assert ("cd_update" in device.launched) == (kernels == "fused")
+                assert run.updates == 2 * 2 * -(-51 // run.settings.batch)
+    for name, array in arrays[0].items():
+        assert_close(arrays[1][name], array, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("options", SAMPLES)
+def test_turns_in_one_launch_end_where_launches_one_by_one_end(options):
+    """Samples alone cross the chip here, so that nothing is rounded that would not be otherwise."""
+    check_beside_launches(options)
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    ("update=first.update + lo // self.batch", "update=first.update"),
+    ("positions=positions[lo:hi],", "positions=positions[: hi - lo],"),
+    ("chain_row=first.chain_row, rate=", "chain_row=1, rate="),
+])
+def test_a_turn_of_other_updates_is_noticed(line, fault):
+    with pytest.raises(AssertionError), planted(pretrain, line, fault):
+        check_beside_launches(SAMPLES[1])
+
+
 @pytest.mark.parametrize(("array", "scale", "levels"), [
     (np.zeros((2, 3), np.uint8), 1 / 255, 255), (np.zeros((2, 3), np.uint8), 1 / 16, 16),
     (np.zeros((2, 3), np.uint8), 0.3, None), (np.zeros((2, 3), bool), 1.0, 1),
