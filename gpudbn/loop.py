@@ -537,7 +537,7 @@ class Training:
         own: dict[str, np.ndarray] = {}
         if self.phase is not None:
             own = {f"phase.{name}": to_cpu(array) for name, array in self.phase.state().items()}
-            if self.paths[self.index].rivals:
+            if self.paths[self.index].rivals or self.exchange.shards_rows:  # collected from each, whatever its device
                 own["phase.path"] = np.frombuffer(f"{self.paths[self.index]}".encode(), np.uint8)
             if self.exchange.shards_rows:
                 common, separate = self.exchange.state()

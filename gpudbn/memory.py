@@ -56,7 +56,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
             network = sum(n * m + m for n, m in [*pairs, (own[-1], classes)])
         # of the step rule, or what a batch optimiser names; then the gradient, and the best parameters
         state = {"adam": 2, "lbfgs": 2 * s.history + 8, "cg": 6}.get(s.optimiser, 1)
-        vectors = 2 + state + (1 if pieces == 1 else pieces + 1)
+        vectors = 2 + state + (1 if pieces == 1 else pieces + 1) + 3 * (s.kernels == "unfused")
         rows = -(-s.finetuning_batch // pieces)
         if s.optimiser in BATCH_OPTIMISERS:
             rows = min(rows, AT_ONCE_ROWS)

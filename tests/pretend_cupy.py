@@ -379,6 +379,10 @@ class ndarray:  # noqa: N801 - CuPy's name
     def any(self, axis=None, out=None, keepdims=False):
         return _reduce(np.any, self, out, axis=axis, keepdims=keepdims)
 
+    def cumsum(self, axis=None, dtype=None, out=None):
+        device.work()
+        return _result(np.cumsum(self._memory, axis, dtype, _out(out)), out)
+
     def argmax(self, axis=None, out=None, dtype=None, keepdims=False):
         assert dtype is None
         return _reduce(np.argmax, self, out, axis=axis, keepdims=keepdims)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import loop, unfused
+from gpudbn import cuda, loop, reference, unfused
 from gpudbn.dbn import DBN
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
@@ -106,7 +106,9 @@ def test_a_run_tells_the_case_as_it_is():
 # ------------------------------------------------------------------------------------------- without kernels
 
 NO_KERNELS = pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
-KERNELS = {"half_step", "half_step_transposed", "cd_sums", "cd_update", "momentum_step", "bernoulli", "sigmoid"}
+KERNELS = {"half_step", "half_step_transposed", "cd_sums", "cd_update", "momentum_step", "bernoulli", "sigmoid",
+           "free_energy", "squared_errors", "cross_entropy", "sigmoid_backward", "dropout", "adam_step", "adagrad_step",
+           "centre", "offsets_step"}
 
 
 @NO_KERNELS
@@ -128,7 +130,9 @@ def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
 @NO_KERNELS
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (unfused, "signs[rows:] = -model_weight", "signs[rows:] = -1.01 * model_weight"),
-    (unfused, "np.float32(rate * scale)", "np.float32(rate)"),
+    (unfused, "velocity += gradient * np.float32(rate * scale)", "velocity += gradient * np.float32(rate)"),
+    (unfused, "delta[each] += np.float32(1)", "delta[each] += np.float32(2)"),
+    (unfused, "parameters += np.float32(step) * mean", "parameters += np.float32(rate) * mean"),
     (unfused, "velocity[:weights] -=", "velocity[:weights] +="),
     (unfused, "W.T if transpose else W", "W.T if transpose else -W"),
     (unfused, "return xp.less(u, mean, out=sample)", "return xp.less_equal(mean, u, out=sample)"),
@@ -138,6 +142,86 @@ def test_a_run_without_kernels_ends_where_one_with_them_ends(options):
 def test_other_formulas_are_noticed(module, line, fault):
     with pytest.raises(AssertionError), planted(module, line, fault):
         test_a_run_without_kernels_ends_where_one_with_them_ends({"method": "pcd", "batch": 7, "epochs": 1})
+
+
+def formulas():
+    """Name, arrays and options of calls that have a formula; sizes prime, nothing symmetric."""
+    rng, f4 = np.random.default_rng(5), np.float32
+    n, m, K, rows, size = 7, 5, 13, 8, 7 * 5 + 7 + 5
+
+    def real(*shape):
+        return rng.normal(0, 0.5, shape).astype(f4)
+
+    def zeros(*shape):
+        return np.zeros(shape, f4)
+
+    drawn = {"seed": 3, "update": 2, "site": 1 << 24, "row": 4}
+    step = {"weights": n * m, "scale": 1 / 8, "rate": 0.1, "decay": 0.2}
+    cd = {"model_weight": 0.7, "rate": 0.1, "decay": 0.2}
+    v, h = rng.random((K, n), f4), rng.random((K, m), f4)
+    labels = rng.integers(0, m, K).astype(np.int32)
+    yield "gaussian", (zeros(K, m), h, real(m)), drawn
+    yield "categorical", (zeros(K, 6), zeros(K, 6), real(K, 6), real(6), 3), drawn
+    yield "dropout", (h.copy(), 0.7), drawn
+    yield "sigmoid_backward", (real(K, m), h.copy()), {"keep": 0.7}
+    yield "cross_entropy", (zeros(K, m), zeros(K), zeros(K), real(K, m), real(m), labels), {}
+    yield "free_energy", (zeros(K), real(K, m), real(m), v, real(n)), {}
+    yield "free_energy", (zeros(K), real(K, m), real(m)), {}
+    yield "squared_errors", (zeros(K), v, real(K, n)), {}
+    yield "centre", (v.copy(), h.copy(), zeros(2 * K), real(n + 2 * m), rows), {}
+    for centring in (True, False):
+        yield "offsets_step", (real(n + m), real(n + 2 * m), real(n + m), n, m), {
+            "scale": 0.3, "keep": 0.9, "centring": centring, "target": 0.2, "cost": 0.4}
+    yield "momentum_step", (real(size), real(size), real(size)), {**step, "momentum": 0.8}
+    yield "sgd_step", (real(size), real(size)), step
+    yield "adagrad_step", (real(size), rng.random(size, f4), real(size)), step
+    yield "adam_step", (real(size), real(size), rng.random(size, f4), real(size)), {**step, "steps": 3}
+    yield "cd_update", (real(size), real(size), zeros(size), n, m, v, h, rows), {**cd, "momentum": 0.8}
+    yield "cd_sgd", (real(size), zeros(size), n, m, v, h, rows), cd
+    yield "cd_adagrad", (real(size), rng.random(size, f4), zeros(size), n, m, v, h, rows), cd
+
+
+WORK = {"adam_step": 3, "cd_update": 2, "cd_sgd": 1, "cd_adagrad": 2}  # which array of a call is work space
+
+
+def check_formulas():
+    with installed() as device:
+        import cupy
+
+        of = Unfused(cuda.gpu())
+        for name, given, options in formulas():
+            here = [a.copy() if isinstance(a, np.ndarray) else a for a in given]
+            there = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in given]
+            if name in WORK and name.startswith("cd"):
+                there[WORK[name]] = None
+            getattr(reference, name)(*here, **options)
+            getattr(of, name)(*there, **options)
+            for place, (one, other) in enumerate(zip(here, there, strict=True)):
+                if isinstance(one, np.ndarray) and place != WORK.get(name):
+                    assert_close(other.get(), one, atol=2e-6, rtol=2e-6)
+    assert set(device.launched) <= {"uniforms", "normals"}
+
+
+@NO_KERNELS
+def test_each_formula_is_its_twin():
+    check_formulas()
+
+
+@NO_KERNELS
+@pytest.mark.parametrize(("line", "fault"), [
+    ("xp.add(mean, xp.multiply(z, sd, out=z)", "xp.add(mean, xp.multiply(z, z, out=z)"),
+    ("(up_to <= u[:, :, None]", "(up_to >= u[:, :, None]"), ("u < np.float32(keep)", "u < np.float32(1 - keep)"),
+    ("factor = a * np.float32(-keep)", "factor = a * np.float32(-1)"),
+    ("xp.not_equal(log_p.argmax", "xp.equal(log_p.argmax"), ("xp.subtract(out, v @ b", "xp.add(out, v @ b"),
+    ("out[...] = difference.sum", "out[...] = -difference.sum"), ("h[rows:] -= model", "h[rows:] -= data"),
+    ("now += offsets[: n + m]", "pass"), ("256 if centring else 0", "256"),
+    ("offsets[n : n + m] = rounded[n:] +", "offsets[n : n + m] = rounded[n:] -"),
+    ("squares += g * g", "squares += g"), ("np.float32(1 - b2) * (g * g", "np.float32(1 - b1) * (g * g"),
+    ("parameters[:weights] *= np.float32(1 - part)", "parameters *= np.float32(1 - part)"),
+])
+def test_another_formula_is_noticed(line, fault):
+    with pytest.raises(AssertionError), planted(unfused, line, fault):
+        check_formulas()
 
 
 def test_what_unfused_formulas_do_not_do_is_refused():
