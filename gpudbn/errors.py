@@ -1,4 +1,4 @@
-"""The two ways a run may fail on purpose.
+"""The ways a run may fail on purpose.
 
 Everything else that is raised is a fault of ours and shows its traceback.
 """
@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """Parameters became NaN or infinite; names the layer and the update. Exit code 3."""
+
+
+class LostError(RuntimeError):
+    """Processes without which the run cannot go on are gone; names them. Exit code 4: it can be resumed."""

@@ -116,6 +116,7 @@ class Training:
         self.seconds = 0.0
         self.phase: Phase | None = None
         self.graphs: Graphs | None = None
+        self._lent: tuple[int, Feed, Any] | None = None  # of another's shard, in this epoch
         self.flag = dbn.xp.full(1, FINITE, np.uint64)  # see ``reference.note_not_finite``
         self._phase_arrays: dict[str, np.ndarray] = {}  # of a checkpoint, until the phase is made
         self._vectors: list[Array] = []
@@ -221,23 +222,31 @@ class Training:
         all_rows = len(self._set(self.index).train)
         longest = -(-all_rows // self.exchange.replicas) if self.exchange.shards_rows else all_rows
         count, turn = -(-longest // phase.batch), self._turn()
-        positions = feed.begin(permutation(len(feed.rows), seed=self.settings.seed, update=self.epoch,
-                                           row=self._first_row(), site=site(Purpose.ORDER, self.index)))
+        positions = feed.begin(self._order(len(feed.rows), self.exchange.replica))
+        self._lent = None
         before = phase.parameters.copy() if self.exchange.shards_rows else None
         self.exchange.part(phase.parameters)
+        start = self.position
         # an overflow shows itself as a parameter that is not finite, at the end of the turn
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            while self.position < count:
-                end = min(self.position + turn, count)
+            for owner, number in self.exchange.turns(-(-(count - start) // turn)):
+                first = start + number * turn
+                end, own = min(first + turn, count), owner == self.exchange.replica
+                if not own:
+                    self.exchange.refresh(phase.parameters, before)
                 with span("compute"):
-                    self._run_turn(phase, feed, positions, end)
-                    feed.ahead(end * phase.batch, self._rows(positions, phase, end, min(end + turn, count)))
+                    if own:
+                        self._run_turn(phase, feed, positions, first, end, self.graphs)
+                        feed.ahead(end * phase.batch, self._rows(positions, phase, end, min(end + turn, count)))
+                    else:
+                        self._run_turn(phase, *self._others(owner, phase, turn), first, end, None)
                 self._note(phase)
                 if before is not None:
                     with span("exchange"):
                         self.exchange.exchange(phase.parameters, before,
-                                               fetch=end % self.settings.n_fetch == 0 or end == count)
-                self.position = end
+                                               fetch=end % self.settings.n_fetch == 0 or end == count or not own)
+                if own:
+                    self.position = end
                 if self.progress:
                     self.progress(end, count)
                 if self.interrupt and self.exchange.alone and end < count:
@@ -246,6 +255,7 @@ class Training:
         self.exchange.meet(phase.parameters)
         self._note(phase)
         self._look()
+        self.updates = self._latest()
         self.epoch, self.position = self.epoch + 1, 0
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
                   "epoch": self.epoch, "update": self.updates, "path": str(self.paths[self.index]), **rates,
@@ -255,14 +265,36 @@ class Training:
         self._remember(phase, record)
         return record | {"best_epoch": self.best["epoch"], "seconds": round(self.seconds, 3)}
 
+    def _order(self, count: int, owner: int) -> np.ndarray:
+        """The order of a shard's rows in this epoch. Array (count,), int64."""
+        row = replica_row(owner) if self.exchange.shards_rows else 0
+        return permutation(count, seed=self.settings.seed, update=self.epoch, row=row,
+                           site=site(Purpose.ORDER, self.index))
+
+    def _others(self, owner: int, phase: Phase, turn: int) -> tuple[Feed, Any]:
+        """Feed and positions of another replica's shard, for turns that it does not come to."""
+        if self._lent is None or self._lent[0] != owner:
+            rows = self._set(self.index).train.shard(owner, self.exchange.replicas)
+            feed = feed_of(rows, self.dbn.xp, turn * phase.batch)
+            self._lent = owner, feed, feed.begin(self._order(len(rows), owner))
+        return self._lent[1:]
+
+    def _latest(self) -> int:
+        """The clock of the draws at the end of an epoch: where replicas did different numbers of updates, the most."""
+        if not self.exchange.shards_rows:
+            return self.updates
+        each = np.zeros((self.exchange.replicas, 1))
+        each[self.exchange.replica] = self.updates
+        return int(self.exchange.total(each).max())
+
     @staticmethod
     def _rows(positions: Any, phase: Phase, first: int, end: int) -> int:
         """How many rows the updates from ``first`` to ``end`` have."""
         return len(positions[first * phase.batch : end * phase.batch])
 
-    def _run_turn(self, phase: Phase, feed: Feed, positions: Any, end: int) -> None:
-        """The updates of the epoch up to ``end``: the full batches as one graph, if there are graphs."""
-        first, batch = self.position, phase.batch
+    def _run_turn(self, phase: Phase, feed: Feed, positions: Any, first: int, end: int, graphs: Graphs | None) -> None:
+        """The updates of the epoch from ``first`` to ``end``: the full batches as one graph, if there are graphs."""
+        batch = phase.batch
         feed.turn(first * batch, self._rows(positions, phase, first, end))
         phase.begin_turn()
         if self.paths[self.index].name == "persistent" and isinstance(phase, LayerPhase):
@@ -271,8 +303,8 @@ class Training:
             self.updates += end - first
             return
         equal = min(end, len(positions) // batch) - first
-        if self.graphs and equal > 1 and self.graphs.run(equal, equal * batch, update=self.updates, row=first * batch,
-                                                         side=feed.side):
+        if graphs and equal > 1 and graphs.run(equal, equal * batch, update=self.updates, row=first * batch,
+                                               side=feed.side):
             self.updates += equal
             first += equal
         for i in range(first, end):
@@ -351,7 +383,7 @@ class Training:
             phase.begin_epoch(0)
             other.graphs = other._make_graphs(phase, feed)
             try:
-                yield lambda: other._run_turn(phase, feed, positions, count)
+                yield lambda: other._run_turn(phase, feed, positions, 0, count, other.graphs)
             finally:
                 other.graphs = None  # it knows the run that has it: their memory would wait for the collector
 
@@ -477,13 +509,17 @@ class Training:
         """
         blocks = [(i, rows, np.arange(lo, min(lo + MEASURED, count)))
                   for i, (rows, count) in enumerate(sets) for lo in range(0, count, MEASURED)]
-        sums = self.dbn.xp.zeros((len(blocks), len(phase.measures)))
-        with self.exchange.tally.timing("measuring"):
-            for number, (_, rows, positions) in enumerate(blocks):
-                if number % self.exchange.replicas == self.exchange.replica:
+        while True:
+            sums = self.dbn.xp.zeros((len(blocks), len(phase.measures)))
+            living = self.exchange.living
+            with self.exchange.tally.timing("measuring"):
+                for number in range(living.index(self.exchange.replica), len(blocks), len(living)):
+                    _, rows, positions = blocks[number]
                     for i, value in enumerate(phase.measure(rows, positions)):
                         sums[number, i] = value
-            table = self.exchange.total(to_cpu(sums))
+                table = self.exchange.total(to_cpu(sums))
+            if self.exchange.living == living:  # or else the blocks of one that was lost are missing
+                break
         means = []
         for i, (_, count) in enumerate(sets):
             total = np.zeros(len(phase.measures))
@@ -559,11 +595,14 @@ class Training:
                              "shards": shards.count}
 
     def _collected(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        every = {name: self.exchange.collect(array) for name, array in own.items()}
-        return {f"{name}@{r}": a for name, arrays in every.items() for r, a in enumerate(arrays or [])}
+        found: dict[str, np.ndarray] = {}
+        for name, array in own.items():
+            arrays = self.exchange.collect(array) or []
+            found |= {f"{name}@{replica}": a for replica, a in zip(self.exchange.living, arrays, strict=False)}
+        return found
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        """Take up what ``state`` gave, on every replica, before ``run``.
+        """Take up what ``state`` gave, on every replica, before ``run``. One that was lost then takes another's part.
 
         Raises
         ------
@@ -583,11 +622,13 @@ class Training:
         kept: dict[str, np.ndarray] = {}
         arrays = {name.partition("#")[0]: array for name, array in arrays.items()
                   if name.partition("#")[2] in ("", str(part.index))}
+        kept_of = {int(name.partition("@")[2]) for name in arrays if "@" in name}
+        one = self.exchange.replica if self.exchange.replica in kept_of else min(kept_of, default=0)
         for name in sorted(arrays):
             if not name.startswith("phase."):
                 continue
             base, _, replica = name[len("phase."):].partition("@")
-            if not replica or (shards and int(replica) == self.exchange.replica):
+            if not replica or (shards and int(replica) == one):
                 kept[base] = arrays[name]
         if "phase.chains@0" in arrays and not shards:
             every = [arrays[f"phase.chains@{r}"] for r in range(meta["replicas"])]

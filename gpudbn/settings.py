@@ -212,6 +212,8 @@ class Settings:
     transport: str = option("auto", "async: direct gives arrays of a GPU to MPI, which must be CUDA-aware; staged "
                             "passes them through the host; auto: direct where a trial shows that it works",
                             group="distribution", choices=("auto", "staged", "direct"))
+    stopped_seconds: float = option(30.0, "a rank that has been stopped, not ended, for so long is killed by those of "
+                                    "its machine (0: never)", group="distribution", rule=AT_LEAST_0, metavar="SECONDS")
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
                         "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
                         choices=("fast", "fixed"))
@@ -300,7 +302,8 @@ RUN_OPTIONS = {
     "config": ("FILE", "settings from a TOML file, by the same names; the command line goes before it"),
 }
 # what may differ when a run is resumed: none of it changes what is computed
-RESUMABLE = ("device", "collectives", "transport", "kernels", "resident", "threads", "plots", "checkpoint_seconds")
+RESUMABLE = ("device", "collectives", "transport", "kernels", "resident", "threads", "plots", "checkpoint_seconds",
+             "stopped_seconds")
 
 
 def flag(name: str) -> str:

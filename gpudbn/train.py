@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from gpudbn import __version__
-from gpudbn.errors import NonFiniteError, UserError
+from gpudbn.errors import LostError, NonFiniteError, UserError
 from gpudbn.mpi import launch
 from gpudbn.settings import Settings, command_line, parse, settings_of
 
@@ -38,7 +38,7 @@ examples:
   python -m gpudbn.train --resume runs/digits-20260101-120000   go on after an interrupt
 
 exit codes: 0 done, 2 a mistake in what was asked (one line says which), 3 parameters became NaN or
-infinite, 130 interrupted (resumable), 1 a fault of gpudbn"""
+infinite, 4 a parameter server was lost (resumable), 130 interrupted (resumable), 1 a fault of gpudbn"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +82,8 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
         loaded.append((data, labelled))
         return largest(settings, data, labelled)
 
-    exchange = connect(size=prepare, transport=settings.transport, device=settings.device, **ways)
+    exchange = connect(size=prepare, transport=settings.transport, device=settings.device,
+                       stopped_seconds=settings.stopped_seconds, **ways)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0
@@ -92,8 +93,6 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
 def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchange: Exchange, out: str | None,
              resume: str | None) -> int:
     """What every replica does; the chief also prints and writes."""
-    import numpy as np
-
     from gpudbn.arrays import choose_module
     from gpudbn.dbn import DBN
     from gpudbn.loop import Training
@@ -118,51 +117,68 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp))
     training = together(lambda: Training(dbn, rows, settings, exchange, progress=show.progress,
                                          labelled=labelled_rows))
-    run: Run | None = None
     if resume:
-        folder = together(lambda: Run.open(resume))
-        arrays, meta = together(folder.load_checkpoint)
+        run = together(lambda: Run.open(resume))
+        arrays, meta = together(run.load_checkpoint)
         together(lambda: training.restore(arrays, meta))
         if exchange.chief:
-            folder.rewind(meta)
-            run = folder
+            run.rewind(meta)
     else:
-        path = out or Run.default_path(settings.data)
-        run = together(lambda: Run.create(path, settings.to_toml()) if exchange.chief else None)
+        run = Run(exchange.told(str(out or Run.default_path(settings.data))))
+        together(lambda: Run.create(run.path, settings.to_toml()) if exchange.chief else None)
     show.beginning(dbn, data, labelled, "; ".join(filter(None, (place, where, sums))), run)
+    book = _Book(run, exchange)
+    if ranks := exchange.ranks():
+        book.record({"phase": "ranks", "ranks": ranks})
 
     if exchange.alone:
         _interruptible(training)
     saver = _Saver(training, exchange, run, settings.checkpoint_seconds)
-    last: dict[str, Any] = {}
+    again = f"{show.launch} --resume {run.path}"
     try:
         if not resume:  # which has one, of more than is taken up so far
             saver.save()
-        for record in training.run():
-            last = record
-            if run is not None:
-                run.record(**record)
-            show.record(record)
+        last: dict[str, Any] = {}
+        for last in training.run():
+            book.record(last)
+            show.record(last)
             saver.save_if_due()
         saver.save()
-    except (KeyboardInterrupt, NonFiniteError):
-        if run is not None:
-            show.say(f"go on from the last checkpoint: {show.launch} --resume {run.path}")
+        if training.interrupt and training.index < training.phases:
+            show.say(f"interrupted; everything is saved. Go on with: {again}")
+            return 130
+        _finish(settings, run, book, dbn, labelled or data, exchange, show, last)
+    except NonFiniteError as error:
+        if not exchange.leave(str(error)):
+            show.say(f"go on from the last checkpoint: {again}")
+            raise
+    except KeyboardInterrupt:
+        show.say(f"go on from the last checkpoint: {again}")
         raise
-    if training.interrupt and training.index < training.phases:
-        assert run is not None
-        show.say(f"interrupted; everything is saved. Go on with: {show.launch} --resume {run.path}")
-        return 130
-    reports = exchange.reports()
-    model = dbn.arrays() if run is not None or dbn.shards.count > 1 else {}
-    if run is not None:
-        assert reports is not None
-        run.save_model(model, dbn.about_file())
-        run.record_reports(reports)
-        pictures = _draw(run, dbn, labelled or data, reports, np) if settings.plots == "on" else []
-        show.ending(run, last, pictures)
+    except LostError as error:
+        raise LostError(f"{error}. Go on from the last checkpoint: {again}") from error
     exchange.close()
     return 0
+
+
+def _finish(settings: Settings, run: Run, book: _Book, dbn: DBN, data: DataSet, exchange: Exchange, show: _Show,
+            last: dict[str, Any]) -> None:
+    """What the chief writes at the end, or the next one if it dies of it."""
+    import numpy as np
+
+    while True:
+        reports = exchange.reports()
+        chief = exchange.living[0]
+        model = dbn.arrays() if exchange.chief or dbn.shards.count > 1 else {}
+        if reports is not None:
+            book.write()
+            run.save_model(model, dbn.about_file())
+            run.record_reports(reports)
+            pictures = _draw(run, dbn, data, reports, np) if settings.plots == "on" else []
+            show.ending(run, last, pictures)
+        exchange.agree(None)
+        if chief in exchange.living:
+            return
 
 
 def _interruptible(training: Training) -> None:
@@ -175,17 +191,44 @@ def _interruptible(training: Training) -> None:
     signal.signal(signal.SIGINT, stop)
 
 
+class _Book:
+    """Records of the run, which the chief writes. One that becomes chief adds what the last one may have left out."""
+
+    def __init__(self, run: Run, exchange: Exchange) -> None:
+        self.run, self.exchange = run, exchange
+        self.writes = exchange.chief
+        self.unsure: list[dict[str, Any]] = []  # whether they are written: the latest two at most
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Called on all replicas, with the same records."""
+        self.unsure = [*self.unsure[-1:], record]
+        self.write()
+
+    def write(self) -> None:
+        """Write what is not written, if I am the chief."""
+        if self.exchange.chief:
+            there = [] if self.writes else list(map(self._key, self.run.records()))
+            for record in self.unsure:
+                if self._key(record) not in there:
+                    self.run.record(**record)
+            self.unsure, self.writes = [], True
+
+    @staticmethod
+    def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+        return record["phase"], record.get("layer"), record.get("epoch")
+
+
 class _Saver:
     """Checkpoints at the ends of epochs, when the last one is old enough; the replicas decide together."""
 
-    def __init__(self, training: Training, exchange: Exchange, run: Run | None, seconds: float) -> None:
+    def __init__(self, training: Training, exchange: Exchange, run: Run, seconds: float) -> None:
         self.training, self.exchange, self.run, self.seconds = training, exchange, run, seconds
         self.last = time.monotonic()
 
     def save(self) -> None:
         with self.exchange.tally.timing("saving"):
             state = self.training.state()
-            if self.run is not None and state is not None:
+            if state is not None:
                 self.run.save_checkpoint(*state)
         self.last = time.monotonic()
 
@@ -202,7 +245,8 @@ class _Show:
         world = launch.world()
         # Open MPI gives each rank a terminal of its own, whatever its output goes to
         self.bar = exchange.chief and sys.stdout.isatty() and world is None
-        self.launch = (f"mpirun -n {world.size} " if world else "") + "python -m gpudbn.train"
+        survive = "--with-ft ulfm " if launch.survives() else ""
+        self.launch = (f"mpirun {survive}-n {world.size} " if world else "") + "python -m gpudbn.train"
         self.label, self.what, self.drawn = "", "", 0.0
 
     def say(self, text: str = "") -> None:
@@ -215,11 +259,9 @@ class _Show:
             filled = 30 * done // total
             print(f"\r\x1b[K{self.label} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end="", flush=True)
 
-    def beginning(self, dbn: DBN, data: DataSet, labelled: DataSet | None, place: str, run: Run | None) -> None:
+    def beginning(self, dbn: DBN, data: DataSet, labelled: DataSet | None, place: str, run: Run) -> None:
         from gpudbn.arrays import is_gpu
 
-        if run is None:
-            return
         e, s = self.exchange, self.settings
         how = "one process" if e.alone else f"{e.replicas} " + {
             "sync": "synchronous replicas",

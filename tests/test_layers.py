@@ -16,7 +16,7 @@ import pytest
 import gpudbn
 
 FLOORS = """
-    errors draws scratch tracing mpi/launch
+    errors draws scratch tracing mpi/launch mpi/watch mpi/hub mpi/ledger
     arrays exact paths precision settings mpi/costs mpi/tally
     factors parameters shards
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone

@@ -15,6 +15,8 @@
     direct.py      or as messages of device memory
     transport.py   which of the two
     overlap.py     a replica that exchanges while it computes
+    ledger.py      which turns are done, and who does what is left
+    hub.py         where replicas meet, and who of them is living
     simulate.py    whole runs in virtual time, in one process: the files above, on
     virtual.py     MPI between ranks of
     machine.py     a cluster in virtual time, where things take as long as
@@ -45,7 +47,8 @@ MODES = ("sync", "async", "local")
 
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
             outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
-            shards: int = 1, transport: str = "staged", device: str = "auto") -> Exchange | Server:
+            shards: int = 1, transport: str = "staged", device: str = "auto",
+            stopped_seconds: float = 0) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -73,6 +76,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode async: see ``transport.py``. With ``direct`` parameters are GPU arrays, the servers' too.
     device : "auto", "gpu" or "cpu"
         Where the replicas compute.
+    stopped_seconds : float
+        Ranks kill one on their machine that has been stopped (not ended) for so long; 0: never.
 
     Returns
     -------
@@ -107,6 +112,7 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         reason = "--overlap moves copies in the host's memory" if overlap else transports.why_not_direct(device)
     wire = Wire.start()
     wire.align()
+    wire.watch(stopped_seconds)
     if mode == "async":
         transport, reason = transports.agreed(wire, transport, reason)
     if overlap and not wire.threads:
@@ -160,6 +166,8 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
          outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
          shards: int = 1, transport: str = "staged") -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
+    for peer, role in zip(wire.peers, roles(wire.size, servers if mode == "async" else 0, shards), strict=True):
+        peer.role = role
     if mode == "sync":
         from gpudbn.mpi.collective import Synchronous
 
@@ -183,6 +191,14 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
         return (Overlapped if overlap else Asynchronous)(wire, replicas, mine, size, end, push=push)
     part = cuts(size, servers)[wire.rank]
     return Server(wire, mine[0], part.stop - part.start, rule, server_end)
+
+
+def roles(ranks: int, servers: int, shards: int = 1) -> list[str]:
+    """What messages call the ranks of a job."""
+    names = ["server"] if servers == 1 else [f"server {i} of {servers}" for i in range(servers)]
+    count = (ranks - servers) // shards
+    return names + [f"replica {i} of {count}" + (f", part {part} of {shards}" if shards > 1 else "")
+                    for i in range(count) for part in range(shards)]
 
 
 def _prepared(wire: Wire, size: Callable[[], int], first: int) -> int:

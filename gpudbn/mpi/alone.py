@@ -8,6 +8,7 @@ This file imports no MPI.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ class Exchange:
     Attributes
     ----------
     replica, replicas : int
-        My number among the replicas, from 0, and how many there are.
+        My number among the replicas, from 0, and how many there were at the start: so many shards the data have.
+    living : tuple of int
+        The replicas that took part in the last call that is collective. Only asynchronous ones can be survived.
     local_replica : int
         My number among the replicas of this machine: chooses the GPU.
     chief : bool
-        Whether I print and write files: replica 0, of which shard 0.
+        Whether I print and write files: the first of the living, of which shard 0.
     shards : Shards
         The parts of my replica, if it is cut.
     cuts_batches : bool
@@ -47,12 +50,14 @@ class Exchange:
 
     Notes
     -----
-    Every method but ``exchange`` and ``report`` is collective: all replicas call it, in the same order.
+    Every method but ``exchange``, ``refresh``, ``leave`` and ``report`` is collective: all replicas call it, in the
+    same order.
     """
 
     shards: Shards = WHOLE
     replica = 0
     replicas = 1
+    living: tuple[int, ...] = (0,)
     local_replica = 0
     cuts_batches = False
     shards_rows = False
@@ -66,7 +71,7 @@ class Exchange:
 
     @property
     def chief(self) -> bool:
-        return self.replica == 0 and self.shards.index == 0
+        return self.replica in self.living[:1] and self.shards.index == 0
 
     @property
     def alone(self) -> bool:
@@ -156,6 +161,25 @@ class Exchange:
         at here: the loop checks at intervals that its parameters are finite.
         """
 
+    def turns(self, each: int) -> Iterator[tuple[int, int]]:
+        """The turns of an epoch that this replica does, as (replica whose shard it is, number of the turn in it).
+
+        Parameters
+        ----------
+        each : int
+            Turns of a shard: 0, ..., each - 1. The same on all replicas.
+
+        Notes
+        -----
+        After each of them and before the next, call ``exchange``. Alone or in step: one's own, in order. Asynchronous
+        replicas begin with these and do those of others when they are through: of lost ones, and of slow ones.
+        """
+        for number in range(each):
+            yield self.replica, number
+
+    def refresh(self, parameters: Array, before: Array) -> None:
+        """Take the latest parameters, into both, after a wait. Only between turns, and only where ``exchange`` acts."""
+
     def meet(self, parameters: Array) -> None:
         """End of an epoch: every change is in, and all leave with equal parameters: those to be measured and saved.
 
@@ -163,7 +187,9 @@ class Exchange:
         """
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The whole table, on all replicas, of which each has filled some rows and left zeros elsewhere.
+        """The whole table, on all replicas, of which each of the living has filled some rows and left zeros elsewhere.
+
+        If a replica is lost meanwhile, its rows are missing, and ``living`` is another than before.
 
         Parameters
         ----------
@@ -177,8 +203,12 @@ class Exchange:
         return bool(flag)
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
-        """The arrays of all replicas in order, of any shapes, on replica 0; None elsewhere."""
+        """The arrays of all the living in order, of any shapes, on the first; None elsewhere."""
         return [array]
+
+    def told(self, text: str) -> str:
+        """The chief's text, on all replicas."""
+        return text
 
     def agree(self, error: str | None) -> None:
         """Raise UserError on every replica if one of them has an error to tell; it is printed once."""
@@ -200,6 +230,15 @@ class Exchange:
     def reports(self) -> list[dict[str, Any]] | None:
         """The reports of all ranks, servers first, on the chief; None elsewhere."""
         return [self.report()]
+
+    def leave(self, why: str) -> bool:
+        """I cannot go on. If others can, return True when their run is over, for ``close``; False if none can."""
+        del why
+        return False
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """Role, host and process of every rank of the job, to find the one that a launcher names."""
+        return []
 
     def close(self) -> None:
         """End of the run. Nothing may be asked afterwards but ``report``."""

@@ -141,8 +141,8 @@ def decode(label: np.ndarray, payload: Array, parameters: Array, *, out: Array) 
     return out
 
 
-def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, staleness: int) -> None:
-    """Change the parameters by the rule and the change that ``Packing.encode`` packed.
+def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, staleness: int) -> bool:
+    """Change the parameters by the rule and the change that ``Packing.encode`` packed; False, and not, if it has NaN.
 
     Parameters
     ----------
@@ -151,4 +151,14 @@ def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, stal
     """
     xp = module_of(parameters, payload)
     work = _scratch.get("change", parameters.shape) if xp is np else xp.empty_like(parameters)
-    rule(parameters, decode(label, payload, parameters, out=work), staleness)
+    change = decode(label, payload, parameters, out=work)
+    if not _finite(change):
+        return False
+    rule(parameters, change, staleness)
+    return True
+
+
+def _finite(change: Array) -> bool:
+    """Whether it holds no NaN and no infinity: one pass over it, by way of its length."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(float(change @ change)) or module_of(change).isfinite(change).all())

@@ -40,6 +40,7 @@ class Together(Exchange):
         self.wire, self.everyone = wire, everyone or wire
         super().__init__(wire.tally)
         self.replica, self.replicas = wire.rank, wire.size
+        self.living = tuple(range(wire.size))
         self.local_replica = self.everyone.local_rank()
         label = f"replica {self.replica} of {self.replicas}"
         if parts is not None:
@@ -63,12 +64,18 @@ class Together(Exchange):
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         return self.wire.collect(array)
 
+    def told(self, text: str) -> str:
+        return self.everyone.allgather_text(text)[0]
+
     def agree(self, error: str | None) -> None:
         self.everyone.agree(error)
 
     def reports(self) -> list[dict[str, Any]] | None:
         every = self.everyone.collect(np.frombuffer(json.dumps(self.report()).encode(), np.uint8))
         return None if every is None else [json.loads(report.tobytes()) for report in every]
+
+    def ranks(self) -> list[dict[str, Any]]:
+        return [peer.about() for peer in self.everyone.peers]
 
 
 class Peers(Together):

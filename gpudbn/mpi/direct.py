@@ -15,18 +15,20 @@ A window of device memory would be the shorter way, but works with no MPI that i
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array
+from gpudbn.errors import NonFiniteError
 from gpudbn.mpi.changes import BYTES, WORDS
-from gpudbn.mpi.staged import ANSWER, ASK
-from gpudbn.mpi.wire import Wire
+from gpudbn.mpi.staged import ANSWER, ASK, REFUSED
+from gpudbn.mpi.wire import RanksLostError, Wire
 from gpudbn.tracing import span
 
 LABEL, PAYLOAD, FREED = 4, 5, 6  # tags
-NOTHING = np.empty(0, np.uint8)  # what is in a message of which it is enough that it arrives
+GO_ON, SHUT = np.zeros(1, np.int64), np.ones(1, np.int64)  # what a server answers to a push
 
 
 class ServerEnd:
@@ -54,6 +56,7 @@ class ServerEnd:
         self._arriving: list[list[Any]] = [[] for _ in range(replicas)]  # requests of label and payload
         self._leaving: list[list[Any]] = [[] for _ in range(replicas)]  # of the answers to a push and to a pull
         self._taken: list[int] = []  # replicas, since the last ``publish``
+        self._shut: set[int] = set()
         for replica in range(replicas):
             self._post(replica)
         wire.own(self)
@@ -75,7 +78,10 @@ class ServerEnd:
         """Replicas whose mailbox holds a change that is not taken."""
         found = []
         for replica, requests in enumerate(self._arriving):
-            requests[:] = [request for request in requests if not request.Test()]
+            if replica in self._shut:
+                continue
+            with self.wire.noticing():
+                requests[:] = [request for request in requests if not request.Test()]
             if not requests and replica not in self._taken:
                 found.append(replica)
         return found
@@ -96,9 +102,16 @@ class ServerEnd:
         """Free the mailboxes of what was taken. Parameters are copied when somebody asks."""
         with span("publish"):
             for replica in self._taken:
-                self._post(replica)
-                self._reply(replica, (NOTHING, FREED))
+                if replica not in self._shut:
+                    self._post(replica)
+                    self._reply(replica, (GO_ON, FREED))
         self._taken.clear()
+
+    def shut(self, replica: int) -> None:
+        """Take nothing more from it: it is lost, or what it sends is no good."""
+        self._shut.add(replica)
+        with contextlib.suppress(RanksLostError), self.wire.noticing():
+            self._reply(replica, (SHUT, FREED))
 
     def answer(self, replica: int, header: np.ndarray, parameters: Array) -> None:
         """Give these to a replica that pulls. They may change as soon as this returns."""
@@ -138,6 +151,7 @@ class ReplicaEnd:
         self.wire, self.asking = wire, asking
         self._label = np.zeros(WORDS, np.int64)
         self._payload = xp.empty(4 * size, np.uint8)
+        self._freed = GO_ON.copy()
         self._requests: list[Any] = []  # of the last push and of its answer
         self.sequence = self.retried = self.asked = 0
 
@@ -145,6 +159,8 @@ class ReplicaEnd:
         """Wait until my last push is applied, so that my mailbox is free and a pull contains it."""
         self.wire.wait(*self._requests, what="waiting")
         self._requests.clear()
+        if self._freed[0] == SHUT[0]:
+            raise NonFiniteError(REFUSED)
 
     def push(self, label: np.ndarray, payload: Array) -> None:
         """Send a change, once my mailbox is free. It is copied first and may change as soon as this returns."""
@@ -154,7 +170,7 @@ class ReplicaEnd:
             copy = self._payload[: payload.nbytes]
             copy[...] = payload.reshape(-1).view(np.uint8)
             self.sequence += 1
-            self._requests = [self.wire.irecv(NOTHING, 0, FREED), self.wire.isend(self._label, 0, LABEL),
+            self._requests = [self.wire.irecv(self._freed, 0, FREED), self.wire.isend(self._label, 0, LABEL),
                               self.wire.isend(copy, 0, PAYLOAD)]
 
     def pull(self, header: np.ndarray, shard: Array) -> None:

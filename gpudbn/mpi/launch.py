@@ -68,6 +68,11 @@ def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
     return counts[node] if node < len(counts) else None
 
 
+def survives() -> bool:
+    """Whether ranks outlive the death of one: Open MPI's ``mpirun --with-ft ulfm``."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112
+
+
 def limit_threads(threads: int | None, sharing: int) -> int:
     """Set the number of BLAS threads of this process; call before NumPy is imported.
 

@@ -46,7 +46,7 @@ class Overlapped(Asynchronous):
         self._change, last, self._spare = self._spare, self._change, self._change
         _subtract(parameters, before, out=self._change)
         parts = list(zip(self.links, self._cuts, strict=True))
-        packed = [link.packed(self._change[part], self.factors) for link, part in parts]
+        packed = [link.packed(self._change[part], self.factors, self._turn) for link, part in parts]
         pushes = [(label, to_cpu(payload)) for label, payload in packed]
         for link, part in parts:
             if self._pulled:
@@ -60,7 +60,7 @@ class Overlapped(Asynchronous):
         self.wire.worked("exchange", parameters.nbytes)
 
         def push_and_pull() -> None:
-            for link, push in zip(self.links, pushes, strict=True):
+            for link, push in reversed(list(zip(self.links, pushes, strict=True))):  # see ``ledger.py``
                 link.end.push(*push)
             for link, part in parts:
                 if fetch:

@@ -7,20 +7,26 @@ doubled or torn. ``Link`` is the traffic with one server, which has a shard of t
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
+from gpudbn.errors import NonFiniteError
 from gpudbn.factors import Factors
 from gpudbn.mpi import changes
+from gpudbn.mpi import server as to
 from gpudbn.mpi.collective import Together
-from gpudbn.mpi.server import BEGIN, FAIL, FINISH, KEEP, REPORT, RESTORE, Header, cuts
-from gpudbn.mpi.staged import ANSWER, CONTROL, ReplicaEnd
-from gpudbn.mpi.wire import AgreedError, Wire
+from gpudbn.mpi.hub import unpack
+from gpudbn.mpi.server import Header, cuts
+from gpudbn.mpi.staged import ANSWER, REFUSED, ReplicaEnd
+from gpudbn.mpi.wire import LONGEST_PAUSE, AgreedError, Wire
 from gpudbn.tracing import span
+
+QUIET = 0.05  # seconds of the pauses of one that waits for the end
 
 
 class Link:
@@ -46,45 +52,39 @@ class Link:
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
 
     def begin(self, shard: Array) -> None:
-        """The chief gives the server the values to begin with."""
-        message = np.array([BEGIN, shard.size], np.int64)
-        self.wire.send(message, 0, CONTROL)
-        self.wire.send(shard, 0, CONTROL)
-        self.wire.recv(message, 0, ANSWER)  # published
+        """Give the server the values to begin with; returns when they are published."""
+        self.wire.send(shard, 0, to.BEGIN)
+        self.wire.recv_bytes(0, ANSWER)
 
-    def tell(self, kind: int) -> None:
-        """A control message without a size."""
-        self.wire.send(np.array([kind, 0], np.int64), 0, CONTROL)
+    def ask(self, tag: int, content: bytes = b"", *, longest: float = LONGEST_PAUSE) -> bytes:
+        """The server's answer to a message."""
+        self.wire.send_bytes(content, 0, tag)
+        return self.wire.recv_bytes(0, ANSWER, longest=longest)
 
     def state(self, size: int) -> dict[str, np.ndarray]:
         """What a checkpoint keeps of the server's rule: arrays of its shard's size. For one replica to ask."""
-        self.tell(KEEP)
-        state = {name: np.empty(size, np.float32) for name in self.wire.recv_text(0).split()}
+        state = {name: np.empty(size, np.float32) for name in self.ask(to.KEEP).decode().split()}
         for array in state.values():
             self.wire.recv(array, 0, ANSWER)
         return state
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Give the server's rule back what ``state`` gave."""
-        self.tell(RESTORE)
-        self.wire.send_text(" ".join(state), 0)
-        for array in state.values():
-            self.wire.send(array, 0, CONTROL)
-        self.wire.recv(np.zeros(2, np.int64), 0, ANSWER)
+        for name in self.ask(to.RESTORE).decode().split():
+            self.wire.send(state[name], 0, to.RESTORE)
 
     def report(self) -> dict[str, Any]:
         """What the server did so far: see ``Server.report``. For one replica to ask."""
-        self.tell(REPORT)
-        report: dict[str, Any] = json.loads(self.wire.recv_text(0))
+        report: dict[str, Any] = json.loads(self.ask(to.REPORT))
         return report
 
-    def packed(self, change: Array, factors: Factors | None) -> tuple[np.ndarray, Array]:
+    def packed(self, change: Array, factors: Factors | None, turn: int) -> tuple[np.ndarray, Array]:
         """Label and payload of a change; it becomes what the server will make of it."""
-        return self.packing.encode(change, base=self.base, factors=factors)
+        return self.packing.encode(change, base=self.base, turn=turn, factors=factors)
 
-    def push(self, change: Array, factors: Factors | None) -> None:
+    def push(self, change: Array, factors: Factors | None, turn: int) -> None:
         """Give a change to the server; see ``packed``."""
-        self.end.push(*self.packed(change, factors))
+        self.end.push(*self.packed(change, factors, turn))
 
     def pull(self, shard: Array) -> None:
         """The latest parameters, and the header that belongs to them."""
@@ -138,19 +138,26 @@ class Asynchronous(Together):
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0
+        self._next_turn = 0  # the first of the next epoch
+        self._turn = changes.NO_TURN
 
     def begin(self, parameters: Array) -> None:
         if parameters.dtype != np.float32 or parameters.ndim != 1 or parameters.size > self._size:
             raise ValueError(f"begin: parameters must be a float32 vector of at most {self._size}; "
                              f"got {parameters.dtype} {parameters.shape}")
         self._drain()
-        self.wire.barrier()
+        self._gather()
         self._cuts = cuts(parameters.size, len(self.links))
         for link, part in zip(self.links, self._cuts, strict=True):
             link.packing.begin(part.start)
-        if self.chief:
-            for link, part in zip(self.links, self._cuts, strict=True):
-                link.begin(parameters[part])
+        while True:
+            chief = self.living[0]
+            if self.chief:
+                for link, part in zip(self.links, self._cuts, strict=True):
+                    link.begin(parameters[part])
+            self._gather()
+            if chief in self.living:  # or else it may have died before all servers had begun
+                break
         self._pull_together(parameters)
 
     def state(self) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -160,7 +167,7 @@ class Asynchronous(Together):
             for link, part in zip(self.links, self._cuts, strict=True):
                 for name, array in link.state(part.stop - part.start).items():
                     found.setdefault(f"server.{name}", np.zeros(self._cuts[-1].stop, np.float32))[part] = array
-        self.wire.barrier()
+        self._gather()
         return found, {}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -168,13 +175,13 @@ class Asynchronous(Together):
         if self.chief and state:
             for link, part in zip(self.links, self._cuts, strict=True):
                 link.restore({name: array[part] for name, array in state.items()})
-        self.wire.barrier()  # nobody pushes before
+        self._gather()  # nobody pushes before
 
     def exchange(self, parameters: Array, before: Array, fetch: bool = True) -> None:
         change = before  # its memory: the old values are needed no more
         module_of(parameters, before).subtract(parameters, before, out=change)
-        for link, part in zip(self.links, self._cuts, strict=True):
-            link.push(change[part], self.factors)
+        for link, part in reversed(list(zip(self.links, self._cuts, strict=True))):  # see ``ledger.py``
+            link.push(change[part], self.factors, self._turn)
         self._pulls += fetch
         for link, part in zip(self.links, self._cuts, strict=True):
             link.exchange(parameters[part], change[part], fetch)
@@ -185,21 +192,81 @@ class Asynchronous(Together):
     def packed(self) -> str:
         return " and ".join(sorted({link.packing.last for link in self.links}))
 
+    def turns(self, each: int) -> Iterator[tuple[int, int]]:
+        first, header = self._next_turn, self.links[0].header
+        self._next_turn += self.replicas * each
+        own = 0
+        while own < (header.limit[self.replica] if header.epoch[0] == first else each):
+            self._turn = first + self.replica * each + own
+            yield self.replica, own
+            own += 1
+        while True:
+            self._drain()
+            answer = self.links[0].ask(to.MORE, np.array([first, each], np.int64).tobytes())
+            self._turn = int(np.frombuffer(self._admitted(answer), np.int64)[0])
+            if self._turn == to.NO_MORE:
+                break
+            yield divmod(self._turn - first, each)
+        self._turn = changes.NO_TURN
+
+    def refresh(self, parameters: Array, before: Array) -> None:
+        self._drain()
+        self._pull(parameters)
+        before[...] = parameters
+
     def meet(self, parameters: Array) -> None:
         with span("meet"):
             self._drain()
-            self.wire.barrier()
+            self._gather()
             self._pull_together(parameters)
 
+    def total(self, values: np.ndarray) -> np.ndarray:
+        tables = self._gather(np.ascontiguousarray(values, np.float64).tobytes())
+        return np.sum([np.frombuffer(table).reshape(values.shape) for table in tables], axis=0)
+
+    def any(self, flag: bool) -> bool:
+        return any(map(any, self._gather(bytes([flag]))))
+
+    def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
+        kind = " ".join([array.dtype.str, *map(str, array.shape)]).encode()
+        parts = self._gather(kind + b"\n" + array.tobytes(), to.COLLECT)
+        if not self.chief:
+            return None
+        arrays = []
+        for part in parts:
+            kind, _, content = part.partition(b"\n")
+            dtype, *shape = kind.decode().split()
+            arrays.append(np.frombuffer(content, dtype).reshape([int(length) for length in shape]))
+        return arrays
+
+    def told(self, text: str) -> str:
+        return self._gather(text.encode() if self.chief else b"")[0].decode()
+
     def agree(self, error: str | None) -> None:
-        try:
-            super().agree(error)
-        except AgreedError as agreed:
-            if self.chief:
-                for link in self.links:
-                    link.tell(FAIL)
-                    link.wire.send_text(str(agreed), 0)
-            raise
+        parts = self._gather((error or "").encode())
+        errors = {replica: part.decode() for replica, part in zip(self.living, parts, strict=True) if part}
+        if not errors:
+            return
+        owner, text = next(iter(errors.items()))
+        alike = len(errors) == len(parts) and len(set(errors.values())) == 1
+        where = self.links[0].wire.peers[owner + 1]
+        agreed = AgreedError(text if alike else f"{where.role} on {where.host}: {text}")
+        if self.chief:
+            for link in self.links:
+                link.wire.send_text(str(agreed), 0, to.FAIL)
+        raise agreed
+
+    def leave(self, why: str) -> bool:
+        with contextlib.suppress(NonFiniteError):  # refused: that is known
+            self._drain()
+        if not self.links[0].ask(to.LEAVE, why.encode()):
+            return False
+        self.living, self.world.whole = (), False
+        self.links[0].wire.recv_bytes(0, ANSWER, longest=QUIET)
+        return True
+
+    def ranks(self) -> list[dict[str, Any]]:
+        return [peer.about() for peer in self.world.peers]
 
     def report(self) -> dict[str, Any]:
         return super().report() | {
@@ -212,22 +279,42 @@ class Asynchronous(Together):
         return None if replicas is None else [*(link.report() for link in self.links), *replicas]
 
     def close(self) -> None:
-        self._drain()
-        self.wire.barrier()
-        if self.chief:
+        if self.living:
+            self._drain()
+            self._gather()
             for link in self.links:
-                link.tell(FINISH)
+                link.wire.send_bytes(b"", 0, to.FINISH)
         self.world.close()
+
+    def _gather(self, content: bytes = b"", tag: int = to.MEET) -> list[bytes]:
+        """Meet the others: what each of the living brings, in their order. See ``hub.py``."""
+        parts = unpack(self._admitted(self.links[0].ask(tag, content)))
+        if tuple(parts) != self.living:
+            gone = np.setdiff1d(np.arange(self.replicas), list(parts))
+            for link in self.links[1:]:
+                link.ask(to.LOST, gone.tobytes())
+            self.living, self.world.whole = tuple(parts), False
+        return list(parts.values())
+
+    def _admitted(self, answer: bytes) -> bytes:
+        """An answer of the first server, which is empty where it goes on without me."""
+        if not answer:
+            raise NonFiniteError(REFUSED)
+        return answer
 
     def _drain(self) -> None:
         for link in self.links:
             link.end.drain()
 
-    def _pull_together(self, parameters: Array) -> None:
-        """All pull while nobody pushes."""
-        self.wire.barrier()
+    def _pull(self, parameters: Array) -> None:
+        """The latest, when nothing of mine is on its way."""
         self._pulls += 1
         for link, part in zip(self.links, self._cuts, strict=True):
             link.pull(parameters[part])
             link.base = int(link.header.version[0])
-        self.wire.barrier()
+
+    def _pull_together(self, parameters: Array) -> None:
+        """All pull while nobody pushes."""
+        self._gather()
+        self._pull(parameters)
+        self._gather()

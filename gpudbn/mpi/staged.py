@@ -17,11 +17,14 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn.arrays import Array
+from gpudbn.errors import NonFiniteError
 from gpudbn.mpi.changes import BYTES, WORDS
 from gpudbn.mpi.wire import Window, Wire
 from gpudbn.tracing import span
 
-CONTROL, ASK, ANSWER = 1, 2, 3  # tags of messages
+ASK, ANSWER = 1, 2  # tags of messages
+CLOSED = -1  # in the place of ``freed``: this mailbox is never looked at again
+REFUSED = "changes: must be finite; got one that the server refused, and it goes on without this replica"
 ATTEMPTS = 3  # torn reads before a replica asks by message
 
 
@@ -29,7 +32,7 @@ class Layout:
     """Where things lie in the server's window, in bytes. The same on every rank.
 
     ``turn``; then for each replica ``sequence`` (of the change in its mailbox) and ``freed`` (sequence number of
-    the last change that is published); then two copies of a header and parameters; then for each replica its
+    the last change that is published, or CLOSED); then two copies of a header and parameters; then for each replica its
     mailbox: a label and a payload. All words are int64.
     """
 
@@ -69,6 +72,7 @@ class ServerEnd:
         self._sequence = self._words(self.layout.sequence, self.replicas)
         self._freed = self._words(self.layout.freed, self.replicas)
         self._taken = np.zeros(self.replicas, np.int64)
+        self._closed = np.zeros(self.replicas, bool)
 
     def _bytes(self, offset: int, count: int) -> np.ndarray:
         return self.window.memory[offset : offset + count]
@@ -82,7 +86,7 @@ class ServerEnd:
 
     def full(self) -> list[int]:
         """Replicas whose mailbox holds a change that is not taken."""
-        found = np.flatnonzero(self._sequence == self._taken + 1)
+        found = np.flatnonzero((self._sequence == self._taken + 1) & ~self._closed)
         if found.size:
             self.window.sync()  # a sequence number was seen: only now look at its change
         return [int(replica) for replica in found]
@@ -112,7 +116,12 @@ class ServerEnd:
             self.window.sync()
             self._turn[0] = turn + 2
             self.window.sync()  # before ``freed`` says so
-        self._freed[:] = self._taken
+        self._freed[:] = np.where(self._closed, CLOSED, self._taken)
+
+    def shut(self, replica: int) -> None:
+        """Take nothing more from it: it is lost, or what it sends is no good."""
+        self._closed[replica] = True
+        self._freed[replica] = CLOSED
 
     def answer(self, replica: int, header: np.ndarray, parameters: np.ndarray) -> None:
         """Give these to a replica that asked for them."""
@@ -151,6 +160,9 @@ class ReplicaEnd:
                 self.window.get(freed, self.layout.freed + 8 * self.replica)
                 if freed[0] == self.sequence:
                     return
+                if freed[0] == CLOSED:
+                    raise NonFiniteError(REFUSED)
+                self.wire.check(0)
                 pause()
 
     def push(self, label: np.ndarray, payload: Array) -> None:
@@ -175,6 +187,6 @@ class ReplicaEnd:
                     return
                 self.retried += 1
             self.asked += 1
-            self.wire.send(np.zeros(2, np.int64), 0, ASK)
+            self.wire.send_bytes(b"", 0, ASK)
             self.wire.recv(header, 0, ANSWER)
             self.wire.recv(shard, 0, ANSWER)

@@ -22,17 +22,19 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array, is_gpu, module_of
-from gpudbn.errors import NonFiniteError, UserError
-from gpudbn.mpi import launch
+from gpudbn.errors import LostError, NonFiniteError, UserError
+from gpudbn.mpi import launch, watch
 from gpudbn.mpi.tally import Tally
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
+NOTHING = 10  # a tag that no message has
 GRACE = 2.0  # seconds that ranks other than 0 hold back an error that all of them are likely to have
 MOVES_AT_ONCE = 1 << 14  # bytes; a call with so few that takes its time waits for other ranks
 LONGEST_PAUSE = 1e-3  # seconds between two looks of a rank that has waited for long
@@ -41,10 +43,38 @@ DRAIN = 0.3  # seconds for the launcher to pass on what a rank has printed, befo
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 _wire: Wire | None = None  # the one that Wire.start made, while it is open
+_bereft = False  # ranks have died, and this one has outlived them to its end
 
 
 class AgreedError(UserError):
     """A UserError that every rank raises together: rank 0 prints it, nobody aborts."""
+
+
+@dataclass
+class Peer:
+    """A rank of the job, for messages and metrics. ``started`` in clock ticks: see ``watch.state``."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    started: int = 0
+    role: str = "rank"
+
+    def about(self) -> dict[str, Any]:
+        """For the metrics."""
+        return {"rank": self.rank, "role": self.role, "host": self.host, "pid": self.pid}
+
+    def __str__(self) -> str:
+        return f"{self.role} on {self.host} (rank {self.rank}, process {self.pid})"
+
+
+class RanksLostError(LostError):
+    """Ranks of a wire have died, and MPI goes on: ``ranks``, those of the wire. See ``Wire.lost``."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.ranks = wire.lost()
+        names = ", ".join(str(wire.peers[rank]) for rank in self.ranks)
+        super().__init__(f"{names}: must live as long as the job; got lost")
 
 
 class Backoff:
@@ -131,6 +161,16 @@ class Wire:
         What error messages call this rank.
     tally : Tally
         Shared with the wires split off this one.
+    peers : list of Peer
+        Its ranks.
+    whole : bool
+        To be set to False where a rank is known to be lost, so that ``close`` frees nothing.
+
+    Notes
+    -----
+    Where MPI outlives the death of a rank (``mpirun --with-ft ulfm`` of Open MPI), messages from and to the dead, and
+    ``incoming`` once after a death, raise RanksLostError. No collective call is possible from then on. Elsewhere the
+    launcher ends the job.
     """
 
     def __init__(self, mpi: Any, comm: Any, parent: Wire | None = None) -> None:
@@ -141,7 +181,9 @@ class Wire:
         self.label = f"rank {self.rank} of {self.size}"
         self.tally: Tally = parent.tally if parent else Tally(self.clock, "starting")
         self.staging: Staging = parent.staging if parent else Staging()
+        self.whole = True
         self._owned: list[Any] = []  # to be freed before this one
+        self.peers = [Peer(rank) for rank in range(self.size)]
         if parent:
             parent.own(self)
 
@@ -167,6 +209,10 @@ class Wire:
         refuse_singletons(world, mpi.COMM_WORLD.Get_size())
         _wire = cls(mpi, mpi.COMM_WORLD.Dup())
         sys.excepthook = _excepthook
+        me = f"{socket.gethostname()} {os.getpid()} {watch.state(os.getpid())[1]}"
+        for peer, text in zip(_wire.peers, _wire.allgather_text(me), strict=True):
+            peer.host, pid, started = text.split()
+            peer.pid, peer.started = int(pid), int(started)
         return _wire
 
     # what lets a rank live in virtual time, where one process runs many: see ``virtual.py``
@@ -211,15 +257,20 @@ class Wire:
 
     def split(self, color: int) -> Wire:
         """The wire of those that call with the same color, in the same order; collective."""
-        self.barrier()
-        return type(self)(self.mpi, self.comm.Split(color, self.rank), parent=self)
+        colors = self.allgather(np.array([color]))[:, 0]
+        return self._part(self.comm.Split(color, self.rank), np.flatnonzero(colors == color))
+
+    def _part(self, comm: Any, ranks: Sequence[int] | np.ndarray) -> Wire:
+        part = type(self)(self.mpi, comm, parent=self)
+        part.peers = [self.peers[rank] for rank in ranks]
+        return part
 
     def among(self, ranks: Sequence[int]) -> Wire | None:
         """The wire of these ranks of mine, numbered in this order; None on the others. Collective over all."""
         self.barrier()
         mine = self.rank in ranks
         comm = self.comm.Split(0 if mine else self.mpi.UNDEFINED, ranks.index(self.rank) if mine else 0)
-        return type(self)(self.mpi, comm, parent=self) if mine else None
+        return self._part(comm, ranks) if mine else None
 
     def local_rank(self) -> int:
         """My number among the ranks of this wire that share memory with me; collective."""
@@ -235,9 +286,37 @@ class Wire:
 
     def _wait(self, *requests: Any) -> None:
         pause = self.pause()
-        for request in requests:
-            while not request.Test():
-                pause()
+        with self.noticing():
+            for request in requests:
+                while not request.Test():
+                    pause()
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Make RanksLostError of MPI's error that a rank is dead."""
+        try:
+            yield
+        except self.mpi.Exception as error:
+            if not self.lost():
+                raise
+            raise RanksLostError(self) from error
+
+    def lost(self) -> list[int]:
+        """The ranks of this wire that are known to be dead, here and now. ``incoming`` speaks of later ones only."""
+        self.comm.Ack_failed()
+        failed = self.comm.Get_failed()
+        return list(failed.Translate_ranks(None, self.comm.Get_group()))
+
+    def check(self, rank: int) -> None:
+        """Raise RanksLostError if this rank is dead. For waits in which nothing else would notice."""
+        with self.noticing():
+            self.comm.Iprobe(rank, NOTHING)
+
+    def watch(self, seconds: float) -> None:
+        """Kill ranks of this machine that have been stopped for so long; see ``watch.py``."""
+        me = self.peers[self.rank]
+        watch.watch({peer.pid: (peer.started, str(peer)) for peer in self.peers
+                     if peer.host == me.host and peer is not me}, seconds)
 
     def _moving(self, array: Array) -> AbstractContextManager[None]:
         """The state of a call that moves this array between ranks, and waits for them."""
@@ -277,13 +356,13 @@ class Wire:
 
     def send(self, array: Array, to: int, tag: int = 0) -> None:
         """Give an array to a rank that calls ``recv``."""
-        with self._moving(array), self.staging.host(array, read=True) as host:
+        with self._moving(array), self.staging.host(array, read=True) as host, self.noticing():
             self._wait(self.comm.Isend(host, to, tag))
         self._count(sent=array.nbytes)
 
     def recv(self, array: Array, source: int, tag: int = 0) -> None:
         """Fill the array, of the shape and type that was sent."""
-        with self._moving(array), self.staging.host(array, write=True) as host:
+        with self._moving(array), self.staging.host(array, write=True) as host, self.noticing():
             self._wait(self.comm.Irecv(host, source, tag))
         self._count(received=array.nbytes)
 
@@ -310,25 +389,34 @@ class Wire:
             self._wait(*requests)
 
     def incoming(self) -> tuple[int, int] | None:
-        """Sender and tag of a message that waits for ``recv``, or None. Lets MPI make progress."""
+        """Sender and tag of a message that waits to be received, or None. Lets MPI make progress."""
         status = self.mpi.Status()
-        if self.comm.Iprobe(self.mpi.ANY_SOURCE, self.mpi.ANY_TAG, status):
-            return status.Get_source(), status.Get_tag()
+        with self.noticing():
+            if self.comm.Iprobe(self.mpi.ANY_SOURCE, self.mpi.ANY_TAG, status):
+                return status.Get_source(), status.Get_tag()
         return None
+
+    def send_bytes(self, content: bytes, to: int, tag: int = TEXT) -> None:
+        """Give bytes to a rank that calls ``recv_bytes``."""
+        self.send(np.frombuffer(content, np.uint8), to, tag)
+
+    def recv_bytes(self, source: int, tag: int = TEXT, *, longest: float = LONGEST_PAUSE) -> bytes:
+        """The bytes that ``source`` sends, however many; looks for them every ``longest`` seconds, or more often."""
+        status, pause = self.mpi.Status(), self.pause(longest)
+        with self.tally.timing("waiting"), self.noticing():
+            while not self.comm.Iprobe(source, tag, status):
+                pause()
+        content = np.empty(status.Get_count(self.mpi.BYTE), np.uint8)
+        self.recv(content, source, tag)
+        return content.tobytes()
 
     def send_text(self, text: str, to: int, tag: int = TEXT) -> None:
         """Give a text to a rank that calls ``recv_text``."""
-        self.send(np.frombuffer(text.encode(), np.uint8), to, tag)
+        self.send_bytes(text.encode(), to, tag)
 
     def recv_text(self, source: int, tag: int = TEXT) -> str:
         """The text that ``source`` sends."""
-        status, pause = self.mpi.Status(), self.pause()
-        with self.tally.timing("waiting"):
-            while not self.comm.Iprobe(source, tag, status):
-                pause()
-        text = np.empty(status.Get_count(self.mpi.BYTE), np.uint8)
-        self.recv(text, source, tag)
-        return text.tobytes().decode()
+        return self.recv_bytes(source, tag).decode()
 
     def allgather_text(self, text: str) -> list[str]:
         """The texts of all ranks, in order."""
@@ -406,17 +494,20 @@ class Wire:
         self.comm.Abort(code)
 
     def close(self) -> None:
-        """Free what was made on this wire; collective. MPI itself ends with the process."""
-        global _wire
+        """Free what was made on this wire; collective, if it is whole. MPI itself ends with the process."""
+        global _bereft, _wire
         if self.comm == self.mpi.COMM_NULL:
             return  # by its user, before the wire that it was split off
-        self.barrier()
-        for owned in reversed(self._owned):
-            owned.close()
+        if self.whole:
+            with contextlib.suppress(RanksLostError):  # the dead of the last moment
+                self.barrier()
+                for owned in reversed(self._owned):
+                    owned.close()
+                self.comm.Free()
         self._owned.clear()
-        self.comm.Free()
         if _wire is self:
             _wire = None
+            _bereft = not self.whole and launch.survives()
             sys.excepthook = sys.__excepthook__
 
     def _count(self, sent: int = 0, received: int = 0) -> None:
@@ -455,22 +546,25 @@ class Window:
 
     def put(self, array: Array, offset: int) -> None:
         """Write the array there."""
-        with self.wire.tally.timing("transferring"), self.wire.staging.host(array, read=True) as host:
+        with (self.wire.tally.timing("transferring"), self.wire.staging.host(array, read=True) as host,
+              self.wire.noticing()):
             self._win.Put(host, 0, offset)
             self._win.Flush(0)
         self.wire.tally.sent += array.nbytes
 
     def get(self, array: Array, offset: int) -> None:
         """Fill the array from there. Torn where rank 0 is writing: the caller must be able to tell."""
-        with self.wire.tally.timing("transferring"), self.wire.staging.host(array, write=True) as host:
+        with (self.wire.tally.timing("transferring"), self.wire.staging.host(array, write=True) as host,
+              self.wire.noticing()):
             self._win.Get(host, 0, offset)
             self._win.Flush(0)
         self.wire.tally.received += array.nbytes
 
     def read(self, offset: int) -> int:
         """The int64 there, never torn."""
-        self._win.Fetch_and_op(self._nothing, self._word, 0, offset, self.wire.mpi.NO_OP)
-        self._win.Flush(0)
+        with self.wire.noticing():
+            self._win.Fetch_and_op(self._nothing, self._word, 0, offset, self.wire.mpi.NO_OP)
+            self._win.Flush(0)
         return int(self._word[0])
 
     def sync(self) -> None:
@@ -571,7 +665,7 @@ def exit_code(error: BaseException) -> int:
     """What a process that ends by this exception returns."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    for kind, code in ((UserError, 2), (NonFiniteError, 3), (KeyboardInterrupt, 130)):
+    for kind, code in ((UserError, 2), (NonFiniteError, 3), (LostError, 4), (KeyboardInterrupt, 130)):
         if isinstance(error, kind):
             return code
     return 1
@@ -580,9 +674,9 @@ def exit_code(error: BaseException) -> int:
 def guarded(main: Callable[[], int | None]) -> int:
     """Run a command so that all ranks end together, and return its exit code.
 
-    An exception that is not caught ends all ranks within seconds: one line for ``UserError`` (code 2)
-    and ``NonFiniteError`` (3), 130 for an interrupt, a traceback and 1 for the rest. The message names
-    the replica and its host. What all ranks raise together, by ``agree``, is printed once.
+    An exception that is not caught ends all ranks within seconds: one line for ``UserError`` (code 2),
+    ``NonFiniteError`` (3) and ``LostError`` (4), 130 for an interrupt, a traceback and 1 for the rest. The message
+    names the replica and its host. What all ranks raise together, by ``agree``, is printed once.
 
         sys.exit(guarded(main))
     """
@@ -596,6 +690,10 @@ def guarded(main: Callable[[], int | None]) -> int:
         code = end(error)
     if _wire is not None:
         _wire.close()
+    if _bereft:  # MPI's own end then waits for ever now and then: seen with Open MPI 5.0.11
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -609,7 +707,7 @@ def end(error: BaseException) -> int:
         text = "" if code == 0 or isinstance(error.code, int) else f"{error.code}\n"
     elif isinstance(error, KeyboardInterrupt):
         text = "interrupted\n"
-    elif isinstance(error, UserError | NonFiniteError):
+    elif isinstance(error, UserError | NonFiniteError | LostError):
         text = f"{error}\n"
     else:
         text = "".join(traceback.format_exception(error))

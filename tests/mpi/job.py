@@ -32,9 +32,12 @@ def mpirun():
     return found
 
 
-def start(ranks, *command, env=None):
-    """This Python with these arguments on that many ranks (0: without mpirun): a process group of its own."""
-    launcher = [mpirun(), "-n", str(ranks)] if ranks else []
+def start(ranks, *command, env=None, survive=False):
+    """This Python with these arguments on that many ranks (0: without mpirun): a process group of its own.
+
+    ``survive``: the job is to go on when a rank dies, which Open MPI alone does.
+    """
+    launcher = [mpirun(), *(["--with-ft", "ulfm"] if survive else []), "-n", str(ranks)] if ranks else []
     return subprocess.Popen([*launcher, sys.executable, *map(str, command)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT | (env or {}),
                             start_new_session=True)
@@ -51,9 +54,9 @@ def finish(process, timeout=90):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def job(ranks, program, *arguments, timeout=60, env=None):
+def job(ranks, program, *arguments, timeout=60, **options):
     """Run ``programs/program.py`` on that many ranks: what ``finish`` returns."""
-    return finish(start(ranks, PROGRAMS / f"{program}.py", *arguments, env=env), timeout)
+    return finish(start(ranks, PROGRAMS / f"{program}.py", *arguments, **options), timeout)
 
 
 def good_job(ranks, program, *arguments, **options):

@@ -7,18 +7,21 @@ states between the server's calls of ``sync``: there any part of its stores may 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 
+from gpudbn.errors import NonFiniteError
 from gpudbn.mpi import staged
+from gpudbn.mpi.hub import pack
 from gpudbn.mpi.replica import Asynchronous
 from gpudbn.mpi.rules import Compensated
-from gpudbn.mpi.server import Server, cuts
-from gpudbn.mpi.wire import Tally
+from gpudbn.mpi.server import LEAVE, MEET, Server, cuts
+from gpudbn.mpi.staged import ANSWER
+from gpudbn.mpi.wire import Peer, Tally
 
 
 class FakeWindow:
@@ -49,11 +52,12 @@ class FakeWindow:
 
 
 class FakeWire:
-    """Messages between the server and the replicas; barriers are the test's business."""
+    """Messages between the server and the replicas; meetings are the test's business."""
 
     def __init__(self, job, rank):
         self.job, self.rank, self.size = job, rank, job.ranks
-        self.label, self.tally = "", Tally()
+        self.label, self.tally, self.whole = "", Tally(), True
+        self.peers = [Peer(number, "here", 100 + number, 0, f"rank {number}") for number in range(job.ranks)]
 
     def split(self, color):
         wire = FakeWire(self.job, self.rank - color)
@@ -78,14 +82,26 @@ class FakeWire:
     def worker(self):
         return ThreadPoolExecutor(1)
 
+    def check(self, rank):
+        pass
+
     def send(self, array, to, tag=0):
-        self.job.messages[self.rank, to, tag].append(array.copy())
+        self.job.messages[self.rank, to, tag].append(array.tobytes())
 
     def recv(self, array, source, tag=0):
-        queue = self.job.messages[source, self.rank, tag]
+        array.view(np.uint8)[...] = np.frombuffer(self.recv_bytes(source, tag), np.uint8)
+
+    def send_bytes(self, content, to, tag=0):
+        if tag == MEET:  # as if all had brought the same
+            to, tag, content = self.rank, ANSWER, pack(dict.fromkeys(range(self.size - 1), content))
+            self.job.messages[0, to, tag].append(content)
+        else:
+            self.job.messages[self.rank, to, tag].append(content)
+
+    def recv_bytes(self, source, tag=0, *, longest=0.0):  # noqa: ARG002
         if source == 0:
             self.job.answer()
-        array[...] = queue.popleft()
+        return self.job.messages[source, self.rank, tag].popleft()
 
 
 class Job:
@@ -94,7 +110,7 @@ class Job:
     def __init__(self, monkeypatch, replicas, size, rule=None, push="dense"):
         monkeypatch.setattr(staged, "Window", FakeWindow)
         self.ranks = replicas + 1
-        self.messages = {(a, b, tag): deque() for a in range(self.ranks) for b in range(self.ranks) for tag in range(4)}
+        self.messages = defaultdict(deque)  # by sender, receiver and tag
         self.states = None
         self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
         self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size,
@@ -102,9 +118,9 @@ class Job:
                          for rank in range(1, self.ranks)]
 
     def answer(self):
-        for (source, to, tag), queue in self.messages.items():
-            if to == 0 and queue:
-                self.server._answer(source, tag)
+        for source, _, tag in [address for address, queue in self.messages.items() if queue and address[1] == 0]:
+            self.server._answer(source, tag)
+            self.server._settle()
 
     def begin(self, size):
         """All replicas begin with zeros; their parameters and copies of them."""
@@ -263,3 +279,72 @@ def test_whatever_is_read_is_whole_and_contains_what_was_freed(monkeypatch):
         assert link.header.version[0] == p[0], "parameters and header of different versions"
         assert link.header.applied[0] >= freed[0], "freed before it was published"
     assert accepted > schedules / 2
+
+
+def push(job, replica, value, turn):
+    """A change of this value from a replica, of this turn of the run; not taken."""
+    job.replicas[replica].links[0].push(np.full(8, value, np.float32), None, turn)
+
+
+def test_a_turn_is_applied_once_whoever_sends_it(monkeypatch):
+    job = Job(monkeypatch, 2, 8)
+    job.begin(8)
+    for replica, value, turn in ((0, 1, 7), (1, 2, 7), (1, 4, 8), (0, 8, 8), (0, 16, -1), (1, 32, -1)):
+        push(job, replica, value, turn)
+        assert job.server._take()
+    assert (job.server._parameters == 1 + 4 + 16 + 32).all()
+    assert job.server._header.version[0] == 4
+    assert job.server._refused.tolist() == [1, 1]
+    p = np.empty(8, np.float32)
+    for one in job.replicas:  # consumed all the same: nobody waits, or adds its own change to what is there
+        one.links[0].end.drain()
+        one.links[0].pull(p)
+        assert one.links[0].header.applied.tolist() == [3, 3]
+
+
+def test_of_one_that_is_lost_a_whole_change_counts_and_nothing_afterwards(monkeypatch, capsys):
+    job = Job(monkeypatch, 3, 8)
+    job.begin(8)
+    push(job, 0, 1, 0)
+    push(job, 1, 2, 5)
+    link = job.replicas[2].links[0]
+    put, parts = FakeWindow.put, iter([True, True, False])  # the number that says that it is there never comes
+    monkeypatch.setattr(FakeWindow, "put", lambda self, array, offset: next(parts) and put(self, array, offset))
+    link.push(np.full(8, 64, np.float32), None, 9)
+    monkeypatch.setattr(FakeWindow, "put", put)
+    for replica in (2, 1):
+        job.server._lose(replica, "died")
+    assert (job.server._parameters == 3).all()
+    assert "rank 2 on here (rank 2, process 102) died; 1 of 3 replicas go on" in capsys.readouterr().err
+    put(link.end.window, np.ones(1, np.int64), link.end.layout.sequence + 8 * 2)  # it comes after all
+    assert not job.server._take()
+    with pytest.raises(NonFiniteError, match="goes on without this replica"):
+        link.end.drain()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_that_sends_nan_is_refused_and_finds_out(monkeypatch, bad):
+    job = Job(monkeypatch, 2, 8)
+    (a, b), (p, before) = job.replicas, job.begin(8)
+    p[0][3] = bad
+    p[1] += 1
+    a.exchange(p[0], before[0], fetch=False)
+    b.exchange(p[1], before[1], fetch=False)
+    assert job.server._take()
+    assert (job.server._parameters == 1).all()
+    assert job.server._hub.living == [1]
+    with pytest.raises(NonFiniteError):
+        a.links[0].end.drain()
+    p[1] += 1e30  # its square is not finite, but the change is
+    b.exchange(p[1], before[1], fetch=False)
+    assert job.server._take()
+    assert (job.server._parameters > 9e29).all()
+
+
+def test_the_last_one_cannot_leave(monkeypatch):
+    job = Job(monkeypatch, 2, 8)
+    job.begin(8)
+    link = job.replicas[0].links[0]
+    job.server._lose(1, "died")
+    assert link.ask(LEAVE, b"NaN") == b""
+    assert job.server._hub.living == [0]

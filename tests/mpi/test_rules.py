@@ -95,7 +95,7 @@ def test_a_late_change_is_compensated_for_where_the_parameters_have_gone(monkeyp
     (rules, "self._bases[replica][...] = parameters", "pass"),
     (rules, "xp.subtract(base, parameters, out=work)", "xp.subtract(parameters, base, out=work)"),
     (rules, "square *= self.KEEP", "pass"),
-    (server, "self.rule.pulled(source - 1, self._parameters)", "pass"),
+    (server, "self.rule.pulled(replica, self._parameters)", "pass"),
     (server, "self._take()  # what", "pass  # what"),
 ])
 def test_another_compensation_is_noticed(monkeypatch, module, line, fault):
@@ -204,7 +204,7 @@ def test_what_servers_keep_is_kept_by_a_checkpoint(options, names):
 
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (replica, "name: array[part] for", "name: array[: part.stop - part.start] for"),
-    (server, "self.wire.recv(state[name], source, CONTROL)", "self.wire.recv(state[name].copy(), source, CONTROL)"),
+    (server, "self.wire.recv(array, replica + 1, RESTORE)", "self.wire.recv(array.copy(), replica + 1, RESTORE)"),
     (rules, "self._parameters, self._rule = parameters, self.make(parameters)", "self._rule = self.make(parameters)"),
 ])
 def test_what_is_not_taken_up_again_is_noticed(module, line, fault):

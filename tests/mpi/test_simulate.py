@@ -121,14 +121,13 @@ def test_everything_is_counted():
     assert [r["phase"] for r in found.records].count("finetune") == 4
 
 
-def test_a_straggler_is_waited_for_at_the_ends_of_epochs_only():
-    found = simulated(3, {"slow": (1, 1, 1, 5)}, n_push=1, n_fetch=1)
-    seconds = [r["seconds"] for r in found.replicas]
-    assert seconds[2]["waiting"] < 0.05 * found.seconds
-    assert all(0.6 * found.seconds < s["waiting"] < 0.9 * found.seconds for s in seconds[:2])
-    even = simulated(3, n_push=1, n_fetch=1)
-    assert found.servers[0]["staleness"] != even.servers[0]["staleness"]
-    assert 4 * even.seconds < found.seconds < 6 * even.seconds
+def test_the_turns_of_a_straggler_are_done_by_others():
+    """Two replicas and a fifth of one do what three did: at best in 3 / 2.2 of the time."""
+    even, found = simulated(3, n_push=1, n_fetch=1), simulated(3, {"slow": (1, 1, 1, 5)}, n_push=1, n_fetch=1)
+    assert even.seconds * 3 / 2.2 < found.seconds < 2.5 * even.seconds
+    assert [r["pushes"] for r in even.replicas] == [24] * 3
+    assert found.replicas[2]["pushes"] < 12
+    assert sum(found.servers[0]["applied"]) == 72
 
 
 def test_a_slow_network_to_one_server_is_shared_out():
