@@ -194,6 +194,10 @@ def test_a_centred_layer_goes_dense():
     assert {r["push"] for r in records[:-1]} == {"dense"}
 
 
-def test_factored_pushes_of_several_replicas_learn():
-    dense, factored = (trained(push, replicas=3)[1][1]["reconstruction_train"] for push in ("dense", "factored"))
-    assert abs(factored - dense) < 0.1 * dense
+@pytest.mark.parametrize("push", [*SIXTEEN, "factored"])
+def test_several_replicas_learn_as_much_from_fewer_bytes(push):
+    (_, dense, many), (_, found, few) = trained("dense", replicas=3), trained(push, replicas=3)
+    for i in range(2):
+        for measure in ("reconstruction_train", "reconstruction_validation"):
+            assert abs(found[i][measure] - dense[i][measure]) < 0.05 * dense[i][measure]
+    assert few < {"factored": 0.75}.get(push, 0.62) * many  # labels, sequence numbers and measures included
