@@ -62,14 +62,14 @@ def why_not_direct(device: str) -> str | None:
     reason = "--device is cpu" if device == "cpu" else why_no_gpu()
     if reason:
         return reason
+    if launch.survives_deaths():
+        return "--with-ft ulfm is for jobs that outlive their ranks, which messages of device memory do not"
     said = os.environ.get(VARIABLE, "")
     if said:
         if said not in ("0", "1"):
             raise UserError(f"{VARIABLE}: must be 0 or 1; got {said}")
         return None if said == "1" else f"{VARIABLE}=0 says that it cannot take device memory"
     world = launch.world()
-    if world is not None and world.local_size < world.size and launch.survives_deaths():
-        return "Open MPI with --with-ft ulfm moves device memory only within a machine"
     return trial() if world is None or world.local_rank == 0 else None
 
 

@@ -149,6 +149,7 @@ def test_reasons_against_device_memory(monkeypatch, gpu):  # noqa: ARG001
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
     assert transport.why_not_direct("auto") is None, "the first rank of the machine asks for all"
     monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", "1")
+    monkeypatch.setenv(transport.VARIABLE, "1")
     assert "ulfm" in transport.why_not_direct("auto")
 
 
