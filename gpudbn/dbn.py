@@ -22,6 +22,7 @@ from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.draws import Purpose, site
 from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters
+from gpudbn.precision import BLOCKS
 from gpudbn.rbm import RBM
 from gpudbn.shards import WHOLE, Shards
 from gpudbn.twins import twins_of
@@ -86,8 +87,11 @@ class DBN:
         self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
 
     def set_precision(self, precision: str) -> None:
-        """The arithmetic of all layers, as in ``gpudbn.precision``; the classifier's stays float32."""
-        self.about["precision"] = precision
+        """The arithmetic of all layers, as in ``gpudbn.precision``; the classifier's stays float32.
+
+        ``blocks`` is an order of sums for a run, not something that a model has.
+        """
+        self.about["precision"] = "fp32" if precision == BLOCKS else precision
         for rbm in self.layers:
             rbm.precision = precision
 

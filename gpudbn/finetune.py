@@ -25,6 +25,7 @@ from gpudbn.feed import Source
 from gpudbn.memory import AT_ONCE_ROWS
 from gpudbn.optimiser import Adagrad, Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
+from gpudbn.precision import BLOCKS
 from gpudbn.pretrain import Phase, Piece
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.twins import twins_of
@@ -91,6 +92,8 @@ class FinetunePhase(Phase):
         self.losses = self.xp.empty(rows, np.float32)
         self.wholes = [self.xp.empty((rows, size), np.float32) for size in cut]
         self.twins = twins_of(self.parameters)
+        # never what tensor cores multiply
+        self.precision = BLOCKS if dbn.layers[0].precision == BLOCKS else "fp32"
         self.rate = 0.0
 
     def state(self) -> dict[str, Array]:
@@ -133,8 +136,7 @@ class FinetunePhase(Phase):
                 self._drop(a[i + 1], i + 1, piece)
             if i + 1 < self.depth:
                 inputs.append(self.shards.gather(a[i + 1], self.units[i], out=wholes[i] if wholes else None))
-        self.xp.matmul(a[-2], self.net[f"W{self.depth}"], out=a[-1])
-        self.shards.sum_(a[-1])
+        self.shards.product_(a[-1], a[-2], self.net[f"W{self.depth}"], self.precision)
         return [*inputs, a[-2]]
 
     def begin_turn(self) -> None:
@@ -156,17 +158,29 @@ class FinetunePhase(Phase):
         delta = self.deltas[-1][:count]
         self._compare(delta, losses, None, a[-1], targets)
         for i in range(self.depth, -1, -1):
-            xp.matmul(inputs[i].T, delta, out=gradient[f"W{i}"])
+            W, dW = self.net[f"W{i}"], gradient[f"W{i}"]
+            if i == self.depth and self.precision == BLOCKS:  # the softmax layer is cut by rows
+                self._product(dW.T, delta.T, inputs[i])
+            else:
+                self._product(dW, inputs[i].T, delta)
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
             if i:
                 below = self.deltas[i - 1][:count]
-                if i == self.depth or not wholes:  # the softmax layer is cut by rows: its errors come to the units here
-                    xp.matmul(delta, self.net[f"W{i}"].T, out=below)
-                else:
-                    xp.matmul(delta, self.net[f"W{i}"].T, out=wholes[i - 1])
-                    self.shards.sum_(wholes[i - 1])
+                if i == self.depth:  # its errors come to the units here
+                    self._product(below, delta, W.T)
+                elif wholes:
+                    self.shards.product_(wholes[i - 1], delta, W.T, self.precision)
                     below[...] = wholes[i - 1][:, self.dbn.layers[i - 1].mine]
+                else:
+                    self.shards.product_(below, delta, W.T, self.precision)
                 delta = self._backward(below, a[i], i)
+
+    def _product(self, out: Array, a: Array, b: Array) -> None:
+        """out <- a b."""
+        if self.precision == BLOCKS:
+            self.twins.product(out, a, b, BLOCKS)
+        else:
+            self.xp.matmul(a, b, out=out)
 
     def _targets(self, rows: Source, positions: Any, x: Array) -> Array:  # noqa: ARG002
         """What the output is compared with, of rows whose data are ``x``: here their labels."""
@@ -178,7 +192,8 @@ class FinetunePhase(Phase):
 
     def _activate(self, level: int, out: Array, inputs: Array) -> None:
         """out <- the units of a level, from those below."""
-        self.twins.half_step(None, out, inputs, self.net[f"W{level - 1}"], self.net[f"c{level - 1}"])
+        self.twins.half_step(None, out, inputs, self.net[f"W{level - 1}"], self.net[f"c{level - 1}"],
+                             precision=self.precision)
 
     def _backward(self, delta: Array, a: Array, level: int) -> Array:
         """delta, in place, from behind the units of a level to before them."""

@@ -96,7 +96,8 @@ class Training:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
         dbn.about["binarise"] = settings.binarise  # measures and the finished model see rows as training does
-        dbn.set_precision(chosen(settings.precision, tensor_cores=dbn.xp is not np and settings.kernels != "unfused"))
+        dbn.set_precision(chosen(settings.precision, tensor_cores=dbn.xp is not np and settings.kernels != "unfused",
+                                 blocks=dbn.xp is np and settings.order == "fixed"))
         self.progress = progress
         self.interrupt = False
         self.depth = len(dbn.layers)

@@ -5,6 +5,9 @@
     bf16x2    to the sum of two bf16, high and low: 2^-17, and 2^-16 of a product, that of the low parts
     tf32      to 11 significant bits: 2^-11
     exact     to integers, and sums are of integers: see ``gpudbn.exact``
+    blocks    as they are, but products are made 16 columns at a time, and sums over hidden units added up in blocks of
+              16 in their order: on CPUs, for ``--order fixed``. A BLAS gives a column other last bits when it has
+              other neighbours, so only thus does a layer in parts come to the bits of the whole one
 
 Tensor cores multiply such numbers exactly; 0 and 1 lose nothing. Weights themselves stay float32.
 GPU twin: ``kernels/mma.cuh``.
@@ -17,12 +20,16 @@ from collections.abc import Sequence
 import numpy as np
 
 TENSOR_CORES = ("bf16", "bf16x2", "tf32")  # what only these multiply, on a GPU
-PRECISIONS = ("fp32", *TENSOR_CORES, "exact")
+BLOCKS = "blocks"
+PRECISIONS = ("fp32", *TENSOR_CORES, "exact", BLOCKS)
+BLOCK = 16  # columns; parts of a layer are cut at multiples of it
 
 
-def chosen(asked: str, *, tensor_cores: bool) -> str:
-    """The precision for ``--precision``: auto is bf16x2 where tensor cores multiply, and fp32 elsewhere."""
-    return ("bf16x2" if tensor_cores else "fp32") if asked == "auto" else asked
+def chosen(asked: str, *, tensor_cores: bool, blocks: bool = False) -> str:
+    """The precision for ``--precision``: auto is bf16x2 where tensor cores multiply, and fp32, or blocks, elsewhere."""
+    if asked == "auto":
+        asked = "bf16x2" if tensor_cores else "fp32"
+    return BLOCKS if asked == "fp32" and blocks else asked
 
 
 def check_precision(function: str, precision: str, known: Sequence[str] = PRECISIONS) -> None:

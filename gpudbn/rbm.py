@@ -17,6 +17,7 @@ from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.draws import Purpose, normals, site
 from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters, rbm_shapes
+from gpudbn.precision import BLOCK, BLOCKS
 from gpudbn.reference import bernoulli
 from gpudbn.shards import WHOLE, Shards
 from gpudbn.twins import twins_of
@@ -104,9 +105,17 @@ class RBM:
 
         -F(v) is log p(v) up to log Z; for real-valued v it is that of the row taken as it is.
         """
-        energies = module_of(v, self.W).empty(len(v), np.float32)
+        xp, twins = module_of(v, self.W), twins_of(v, self.W)
+        energies = xp.empty(len(v), np.float32)
+        if self.precision == BLOCKS:
+            x = xp.empty((len(v), self.width), np.float32)
+            twins.product(x, v, self.W, BLOCKS)
+            blocks = [slice(lo, lo + BLOCK) for lo in range(0, self.width, BLOCK)]
+            parts = [twins.free_energy(xp.empty_like(energies), x[:, block], self.c[block]) for block in blocks]
+            self.shards.add_in_order_(energies, parts)
+            return xp.subtract(energies, v @ self.b, out=energies)
         visible = (v, self.b) if self.shards.index == 0 else ()  # once
-        twins_of(v, self.W).free_energy(energies, v @ self.W, self.c, *visible)
+        twins.free_energy(energies, v @ self.W, self.c, *visible)
         self.shards.sum_(energies)
         return energies
 
@@ -118,15 +127,14 @@ class RBM:
     def down(self, sample: Array | None, mean: Array | None, h: Array, **address: Any) -> None:
         """mean <- P(v = 1 | h), sample ~ P(v | h): arrays (B, n), or None where not wanted; from h (B, m)."""
         twins = twins_of(h, self.W)
-        if self.shards.count == 1:  # in one launch
+        if self.shards.count == 1 and self.precision != BLOCKS:  # in one launch
             twins.half_step(sample, mean, h, self.W, self.b, transpose=True, precision=self.precision, **address)
         elif self.precision == "exact":
             raise UserError("--precision exact: must have whole layers; got layers cut into "
                             f"{self.shards.count} shards, between which float32 sums cross")
         else:
             out = sample if mean is None else mean
-            module_of(h).matmul(h, self.W.T, out=out)
-            self.shards.sum_(out)
+            self.shards.product_(out, h, self.W.T, self.precision)
             twins.activate(sample, mean, out, self.b, **address)
 
     def hidden_given_visible(self, v: Array) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpudbn import exact
 from gpudbn.draws import Purpose, normals, site, uniforms
-from gpudbn.precision import bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
+from gpudbn.precision import BLOCK, BLOCKS, bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
 from gpudbn.scratch import PIECE, Scratch
 
 __all__ = ["activate", "adagrad_step", "adam_step", "advance", "bernoulli", "categorical", "cd_adagrad", "cd_run",
@@ -99,6 +99,9 @@ def product(out, a, b, precision="fp32"):
     """
     if precision == "fp32":
         np.matmul(a, b, out=out)
+    elif precision == BLOCKS:
+        for lo in range(0, b.shape[1], BLOCK):
+            out[:, lo : lo + BLOCK] = a @ np.ascontiguousarray(b[:, lo : lo + BLOCK])  # a BLAS looks at strides, too
     elif precision == "bf16x2":
         (a_high, a_low), (b_high, b_low) = bf16_parts(a), bf16_parts(b)
         np.matmul(a_high, b_high, out=out)
@@ -273,7 +276,7 @@ def cd_sums(dW, db, dc, v, h, rows, *, model_weight=1.0, ones=None, moved=None, 
     signed = np.multiply(h, signs[:, None], out=_scratch.get("signed", h.shape))
     K, n = v.shape
     product(dW, v.T, signed, precision)
-    if precision == "fp32" and ones is None:
+    if precision in ("fp32", BLOCKS) and ones is None:
         np.matmul(signs, v, out=db)
         np.sum(signed, axis=0, out=dc)
     else:

@@ -215,8 +215,8 @@ class Settings:
     stopped_seconds: float = option(30.0, "a rank that has been stopped, not ended, for so long is killed by those of "
                                     "its machine (0: never)", group="distribution", rule=AT_LEAST_0, metavar="SECONDS")
     order: str = option("fast", "fixed: sums in blocks of constant size and constant order, so that any number of "
-                        "synchronous replicas gives the same bits on CPUs (slower)", group="distribution",
-                        choices=("fast", "fixed"))
+                        "synchronous replicas, or of their parts, gives the same bits on CPUs (slower)",
+                        group="distribution", choices=("fast", "fixed"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

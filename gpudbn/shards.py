@@ -12,12 +12,15 @@ gradients of a shard's own parameters need nothing from others. Dean et al. (201
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from gpudbn.arrays import Array
+from gpudbn.arrays import Array, module_of
 from gpudbn.errors import UserError
+from gpudbn.precision import BLOCK, BLOCKS
 
-EDGE = 16  # shards are cut at multiples of so many units: whole Philox blocks, and aligned rows
+EDGE = BLOCK  # shards are cut at multiples of so many units: whole Philox blocks, and aligned rows
 
 
 class Shards:
@@ -50,6 +53,27 @@ class Shards:
 
     def sum_(self, array: Array) -> None:
         """array <- its sum over all shards: the same array on each. C-contiguous, of one shape everywhere."""
+
+    def product_(self, out: Array, a: Array, b: Array, precision: str = "fp32") -> None:
+        """out <- sum over shards of a b, the same on each: arrays (rows, n), (rows, own), (own, n).
+
+        With ``precision`` 'blocks' the sum is over blocks of units in their order, whatever the number of shards.
+        """
+        xp = module_of(out)
+        if precision == BLOCKS:
+            # copies, since a BLAS looks at strides, too
+            whole = xp.ascontiguousarray
+            self.add_in_order_(out, [whole(a[:, lo : lo + BLOCK]) @ whole(b[lo : lo + BLOCK])
+                                     for lo in range(0, a.shape[1], BLOCK)])
+        else:
+            xp.matmul(a, b, out=out)
+            self.sum_(out)
+
+    def add_in_order_(self, out: Array, partials: Sequence[Array]) -> None:
+        """out <- ((0 + p0) + p1) + ..., through the partials of the first shard, then of the next, ...."""
+        out.fill(0)
+        for partial in partials:
+            out += partial
 
     def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
         """All shards' columns side by side: arrays (..., own) -> (..., m), the same on each shard.

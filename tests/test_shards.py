@@ -13,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpudbn import DBN, finetune, offsets, pretrain, rbm
+from gpudbn import DBN, finetune, offsets, pretrain, rbm, reference
+from gpudbn import shards as shards_module
 from gpudbn.data import DataSet, Rows
 from gpudbn.errors import UserError
 from gpudbn.finetune import FinetunePhase
@@ -57,6 +58,14 @@ class Threads(Shards):
         found = self._all(array)
         assert all(other.shape == array.shape for other in found)
         array[...] = sum(found[1:], found[0])
+
+    def add_in_order_(self, out, partials):
+        self.meeting.brought[self.index] = [partial.copy() for partial in partials]
+        self.meeting.barrier.wait()
+        out.fill(0)
+        for partial in (partial for each in self.meeting.brought for partial in each):
+            out += partial
+        self.meeting.barrier.wait()
 
     def gather(self, part, m, out=None):
         whole = np.concatenate(self._all(part), axis=-1)
@@ -278,6 +287,28 @@ def test_one_finetuning_gradient_is_that_of_the_whole_network(count):
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
+def in_a_fixed_order(shards):
+    """Long enough for sums in another order to show themselves; odd batches, ends of parts, all kinds of sums."""
+    s = replace(SETTINGS, epochs=(3,), finetune_epochs=3, initial_weights=0.3, order="fixed", method="pcd", k=2,
+                sparsity_target=0.2, learning_rate=(0.05,))
+    training = Training(DBN(SIZES, shards=shards), data(), s, Alone())
+    return list(training.run()), training.dbn.arrays()
+
+
+def check_fixed_order(count):
+    records, arrays = in_a_fixed_order(WHOLE)
+    for found, trained in on_shards(count, in_a_fixed_order):
+        for record, other in zip(found, records, strict=True):
+            assert {**record, "seconds": 0} == {**other, "seconds": 0}
+        for name, array in arrays.items():
+            assert np.array_equal(trained[name], array), name
+
+
+@COUNTS
+def test_in_a_fixed_order_parts_come_to_the_bits_of_the_whole(count):
+    check_fixed_order(count)
+
+
 def a_run(shards):
     s = replace(SETTINGS, epochs=(1,), finetune_epochs=2, initial_weights=0.3, learning_rate=(0.01,), up="mean")
     training = Training(DBN(SIZES, shards=shards), data(), s, Alone())
@@ -313,7 +344,9 @@ def test_gradients_need_nothing_from_others():
 
 
 @pytest.mark.parametrize(("module", "line", "fault", "check"), [
-    (rbm, "self.shards.sum_(out)", "pass", check_stack),
+    (shards_module, "xp.matmul(a, b, out=out)\n            self.sum_(out)", "xp.matmul(a, b, out=out)", check_stack),
+    (shards_module, "xp.matmul(a, b, out=out)\n            self.sum_(out)", "xp.matmul(a, b, out=out)",
+     check_finetuning_update),
     (rbm, '"columns": m}', '"columns": m + 16 * shards.count}', check_stack),
     (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
     (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
@@ -321,10 +354,12 @@ def test_gradients_need_nothing_from_others():
     (pretrain, "x = self.dbn.shards.gather(h, rbm.m, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
     (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
-    (finetune, "self.shards.sum_(a[-1])", "pass", check_finetuning_update),
-    (finetune, "self.shards.sum_(wholes[i - 1])", "pass", check_finetuning_update),
     (finetune, "[:, self.dbn.layers[i - 1].mine]", "[:, : below.shape[1]]", check_finetuning_update),
     (finetune, "return self.dbn.layers[level - 1].columns", "return {}", check_finetuning_update),
+    (shards_module, "if precision == BLOCKS:", "if False:", check_fixed_order),
+    (reference, 'if precision == "fp32":\n        np.matmul(a, b, out=out)',
+     'if precision in ("fp32", BLOCKS):\n        np.matmul(a, b, out=out)', check_fixed_order),
+    (rbm, "and self.precision != BLOCKS:  # in one launch", ":", check_fixed_order),
 ])
 def test_a_seam_left_open_is_noticed(module, line, fault, check):
     with planted(module, line, fault), pytest.raises(AssertionError):

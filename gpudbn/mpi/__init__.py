@@ -152,7 +152,8 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
 
 def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
     """Refuse what replicas in several parts cannot do."""
-    for name, value, good in (("mode", mode, ("sync", "local")), ("order", settings.order, ("fast",)),
+    for name, value, good in (("mode", mode, ("sync", "local")),
+                              ("centring", settings.centring, ("off", *(["data"] if settings.order == "fast" else []))),
                               ("optimiser", settings.optimiser, ("adam", "adagrad", "sgd")),
                               ("finetune", settings.finetune, ("classifier",))):
         if value not in good:

@@ -5,6 +5,8 @@ What crosses are activations and errors of the rows of a minibatch, never weight
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
@@ -30,6 +32,19 @@ class Parts(Shards):
     def sum_(self, array: Array) -> None:
         with span("sum of parts"):
             self.arrays.allreduce_(array)
+
+    def add_in_order_(self, out: Array, partials: Sequence[Array]) -> None:
+        """A chain: each part adds its blocks to what its predecessor hands on."""
+        with span("chain of parts"):
+            if self.index == 0:
+                out.fill(0)
+            else:
+                self.wire.recv(out, self.index - 1)
+            for partial in partials:
+                out += partial
+            if self.index < self.count - 1:
+                self.wire.send(out, self.index + 1)
+            self.wire.broadcast(out, self.count - 1)
 
     def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
         """See ``Shards.gather``. Parts are up to 16 columns wider than others: all travel as wide as the widest."""

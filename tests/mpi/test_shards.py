@@ -43,6 +43,14 @@ def test_an_update_of_a_replica_in_parts_is_that_of_a_whole_one(options, whole, 
             assert np.abs(found[name] - array).max() < 1e-5 * max(1, np.abs(array).max()), name
 
 
+def test_in_a_fixed_order_parts_and_replicas_come_to_the_bits_of_one_process(tmp_path):
+    options = ["--mode", "sync", *SMALL[:-2], "--order", "fixed", "--method", "pcd"]
+    train(0, *options, "--out", tmp_path / "whole")
+    train(4, *options, "--shards", 2, "--out", tmp_path / "parts")
+    for name, array in load(tmp_path / "whole").arrays().items():
+        assert np.array_equal(array, load(tmp_path / "parts").arrays()[name]), name
+
+
 def test_two_replicas_in_two_parts_each_learn_digits(tmp_path):
     out = tmp_path / "run"
     train(4, "--mode", "sync", "--shards", 2, "--layers", 100, 80, "--epochs", 10, "--finetune-epochs", 25,
@@ -76,7 +84,7 @@ def test_a_run_in_parts_resumed_ends_with_the_bits_of_one_that_never_stopped(tmp
 @pytest.mark.parametrize(("ranks", "arguments", "message"), [
     (3, ["--mode", "sync"], "--shards: must divide the number of ranks; got 2 and 3. Start it with mpirun -n 2"),
     (4, [], "--mode: must be sync or local with --shards 2; got async"),
-    (2, ["--mode", "sync", "--order", "fixed"], "--order: must be fast with --shards 2; got fixed"),
+    (2, ["--mode", "sync", "--order", "fixed", "--centring", "data"], "--centring: must be off with --shards 2; got"),
     (2, ["--mode", "sync", "--optimiser", "lbfgs"], "--optimiser: must be adam or adagrad or sgd with --shards 2; got"),
     (2, ["--mode", "sync", "--layers", 16, 40], "shards: a layer must have at least 17 hidden units for 2 shards; got"),
     (0, [], "--shards: must divide the number of ranks; got 2 and 1. Start it with mpirun -n 2"),
