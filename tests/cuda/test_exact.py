@@ -434,7 +434,7 @@ FAULTS = {  # text, what it becomes, the check that must see it, tiles
     "limbs: no limit": ("fminf(fmaxf(x, -Kind::LARGEST), Kind::LARGEST)", "x", half_step_check, "small"),
     "limbs: a slice left out": ("for (int s = 0; s < SLICES; s++)", "for (int s = 1; s < SLICES; s++)", cd_check,
                                 "small"),
-    "limbs: depth of one term more": ("return k < depth ?", "return k <= depth ?", cd_check, "small"),
+    "limbs: depth of one term more": ("row >= rows) return", "row > rows) return", cd_check, "small"),
     "half_step: bias one off": ("load_quad(bias, j, m, false)", "load_quad(bias, j + 1, m, false)", half_step_check,
                                 "large"),
     "half_step: fused": ("add(multiply(__ll2float_rn(total), 1 / (UnitLimbs::STEPS * WeightLimbs::STEPS)), bias)",

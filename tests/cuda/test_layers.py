@@ -370,7 +370,7 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
     "product: swapped index":
         ("(N == ALONG_DEPTH ? out[j][i] : out[i][j])", "out[i][j]", half_step_check, "small"),
     "product: one term too many":
-        ("row >= matrix.rows", "row > matrix.rows", cd_sums_check, "small"),
+        ("row >= rows) return", "row > rows) return", cd_sums_check, "small"),
     "product: a slice left out":
         ("for (int s = 0; s < SLICES; s++)", "for (int s = 1; s < SLICES; s++)", cd_sums_check, "small"),
     "product: tail not guarded":
