@@ -230,10 +230,12 @@ class Training:
         start = self.position
         # an overflow shows itself as a parameter that is not finite, at the end of the turn
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            for owner, number in self.exchange.turns(-(-(count - start) // turn)):
+            each = -(-(count - start) // turn)
+            warm = max(0, -(-self.settings.warm_start // turn) - self.epoch * each)
+            for owner, number in self.exchange.turns(each, min(warm, each)):
                 first = start + number * turn
                 end, own = min(first + turn, count), owner == self.exchange.replica
-                if not own:
+                if before is not None:
                     self.exchange.refresh(phase.parameters, before)
                 with span("compute"):
                     if own:

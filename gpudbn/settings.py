@@ -175,6 +175,11 @@ class Settings:
     n_push: int = option(4, "async: updates between two pushes", group="distribution", rule=AT_LEAST_1, metavar="N")
     n_fetch: int = option(4, "async: updates between two fetches, a multiple of --n-push", group="distribution",
                           rule=AT_LEAST_1, metavar="N")
+    max_staleness: int | None = option(None, "async: a replica waits while it is more than so many pushes ahead of the "
+                                       "slowest (default: it never waits)", group="distribution", rule=AT_LEAST_0,
+                                       metavar="N")
+    warm_start: int = option(0, "async: updates that the first replica does alone at the start of each phase",
+                             group="distribution", rule=AT_LEAST_0, metavar="N")
     overlap: str = option("off", "async: on: a replica computes its next turn while it pushes the last and fetches; "
                           "what it works on is one turn older", group="distribution", choices=("off", "on"))
     period: int = option(10, "local: updates between two meetings; the end of an epoch is always one",
@@ -248,7 +253,7 @@ class Settings:
         """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""
         steps = (f"--server-rule {self.server_rule}" if self.server_rule != "sgd" else
                  f"--staleness {self.staleness}" if self.staleness == "compensate" else None)
-        for name in ("server_rule", "staleness", "push", "overlap"):
+        for name in ("server_rule", "staleness", "push", "overlap", "max_staleness", "warm_start"):
             value = getattr(self, name)
             if self.mode != "async" and value != FIELDS[name].default:
                 raise UserError(f"--mode: must be async with {flag(name)} {value}, since others have no servers; "

@@ -48,7 +48,7 @@ MODES = ("sync", "async", "local")
 def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
             outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
             shards: int = 1, transport: str = "staged", device: str = "auto",
-            stopped_seconds: float = 0) -> Exchange | Server:
+            max_staleness: int | None = None, stopped_seconds: float = 0) -> Exchange | Server:
     """Join the job that the launcher made; collective over its ranks.
 
     Parameters
@@ -76,6 +76,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         Mode async: see ``transport.py``. With ``direct`` parameters are GPU arrays, the servers' too.
     device : "auto", "gpu" or "cpu"
         Where the replicas compute.
+    max_staleness : int, optional
+        Mode async: how many turns a replica may be ahead of the slowest; default: any number.
     stopped_seconds : float
         Ranks kill one on their machine that has been stopped (not ended) for so long; 0: never.
 
@@ -119,7 +121,8 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
         wire.agree("--overlap: must be off with an MPI that is for one thread alone; got on")
     if callable(size):
         size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    joined = join(wire, mode, size, rule, servers, outer, push, overlap, shards, transport)
+    joined = join(wire, mode, size, rule, servers, outer, push, overlap, shards, transport,
+                  max_staleness)
     if mode == "async":
         joined.transport = f"{transport}: {reason}" if reason else transport
     return joined
@@ -147,7 +150,8 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
     outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
              "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
     return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer],
-            "push": settings.push, "overlap": settings.overlap == "on", "shards": settings.shards}
+            "push": settings.push, "overlap": settings.overlap == "on", "shards": settings.shards,
+            "max_staleness": settings.max_staleness}
 
 
 def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
@@ -165,7 +169,7 @@ def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
 
 def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
          outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
-         shards: int = 1, transport: str = "staged") -> Exchange | Server:
+         shards: int = 1, transport: str = "staged", max_staleness: int | None = None) -> Exchange | Server:
     """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
     for peer, role in zip(wire.peers, roles(wire.size, servers if mode == "async" else 0, shards), strict=True):
         peer.role = role
@@ -189,7 +193,8 @@ def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: in
     server_end, replica_end = ends(transport, replicas)
     if wire.rank >= servers:
         end = partial(replica_end, asking=isinstance(rule, Compensated))
-        return (Overlapped if overlap else Asynchronous)(wire, replicas, mine, size, end, push=push)
+        return (Overlapped if overlap else Asynchronous)(wire, replicas, mine, size, end, push=push,
+                                                         max_staleness=max_staleness)
     part = cuts(size, servers)[wire.rank]
     return Server(wire, mine[0], part.stop - part.start, rule, server_end)
 

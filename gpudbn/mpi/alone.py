@@ -161,13 +161,15 @@ class Exchange:
         at here: the loop checks at intervals that its parameters are finite.
         """
 
-    def turns(self, each: int) -> Iterator[tuple[int, int]]:
+    def turns(self, each: int, warm: int = 0) -> Iterator[tuple[int, int]]:  # noqa: ARG002
         """The turns of an epoch that this replica does, as (replica whose shard it is, number of the turn in it).
 
         Parameters
         ----------
         each : int
             Turns of a shard: 0, ..., each - 1. The same on all replicas.
+        warm : int
+            Asynchronous: so many the chief does before the others begin.
 
         Notes
         -----
@@ -178,7 +180,7 @@ class Exchange:
             yield self.replica, number
 
     def refresh(self, parameters: Array, before: Array) -> None:
-        """Take the latest parameters, into both, after a wait. Only between turns, and only where ``exchange`` acts."""
+        """Before a turn: take the latest parameters, into both, if ``turns`` made this replica wait."""
 
     def meet(self, parameters: Array) -> None:
         """End of an epoch: every change is in, and all leave with equal parameters: those to be measured and saved.

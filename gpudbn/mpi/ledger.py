@@ -8,7 +8,7 @@ server last: what is done there has arrived at all servers, and it alone hands t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class Epoch:
         self.ledger, self.first, self.each, self.limit = ledger, first, each, limit
         self._free: deque[int] = deque()  # turns of nobody; those done in the meantime among them
         self._holder: dict[int, int] = {}  # of turns that were given out
+        self._warm, self._before = False, np.zeros_like(limit)  # turns that one did alone, once it has
         limit[:] = each
         for replica in lost:
             self.lose(replica)
@@ -86,11 +87,38 @@ class Epoch:
         self._holder[turn] = replica
         return turn
 
+    def allowed(self, replica: int, living: Sequence[int], ahead: int, warm: int) -> int:
+        """How many of its own turns a replica may have begun by now: it waits before it begins another.
+
+        Parameters
+        ----------
+        living : sequence of int
+            Those that are waited for.
+        ahead : int
+            It may have done so many more than the slowest that has some left. Ho et al., "More effective distributed ML
+            via a stale synchronous parallel parameter server" (2013), section 3.
+        warm : int
+            So many turns the first of the living does while the others wait; they do not count for ``ahead``. Dean et
+            al. (2012), section 4.1: warmstarting.
+        """
+        first = living[0]
+        alone = min(warm, int(self.limit[first]))
+        if not self._warm and self._finished(first) >= alone:
+            self._warm, self._before[first] = True, alone
+        if not self._warm:
+            return alone if replica == first else 0
+        counts = [self._finished(other) - self._before[other] for other in living
+                  if other != replica and self._finished(other) < self.limit[other]]
+        return int(self._before[replica]) + min(map(int, counts), default=self.each) + ahead + 1
+
     def over(self) -> bool:
         """Whether all turns are done."""
         return bool(self.ledger.done(self.first, self.limit.size * self.each).all())
 
     def _unstarted(self, owner: int) -> int:
         """How many of its own turns an owner has not begun: it is in the one behind the last that is done."""
-        limit = int(self.limit[owner])
-        return limit - int(self.ledger.done(self.first + owner * self.each, limit).sum()) - 1
+        return int(self.limit[owner]) - self._finished(owner) - 1
+
+    def _finished(self, owner: int) -> int:
+        """How many of the turns that are its own to do are done."""
+        return int(self.ledger.done(self.first + owner * self.each, int(self.limit[owner])).sum())

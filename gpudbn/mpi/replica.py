@@ -123,16 +123,18 @@ class Asynchronous(Together):
         Makes my end of the transport to one server, a ``ReplicaEnd``.
     push : str
         See ``changes.Packing``.
+    max_staleness : int, optional
+        How many turns it may be ahead of the slowest; default: any number.
     """
 
     shards_rows = True
 
     def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, end: Any = ReplicaEnd, *,
-                 push: str = "dense") -> None:
+                 push: str = "dense", max_staleness: int | None = None) -> None:
         super().__init__(replicas)
         self.world = world
         world.label = self.wire.label
-        self._size = size
+        self._size, self.max_staleness = size, max_staleness
         self.wants_factors = push == "factored"
         self.links = [Link(wire, part.stop - part.start, end, push=push)
                       for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
@@ -140,6 +142,7 @@ class Asynchronous(Together):
         self._pulls = 0
         self._next_turn = 0  # the first of the next epoch
         self._turn = changes.NO_TURN
+        self._behind = False  # whether others had time to go on while I waited
 
     def begin(self, parameters: Array) -> None:
         if parameters.dtype != np.float32 or parameters.ndim != 1 or parameters.size > self._size:
@@ -192,24 +195,37 @@ class Asynchronous(Together):
     def packed(self) -> str:
         return " and ".join(sorted({link.packing.last for link in self.links}))
 
-    def turns(self, each: int) -> Iterator[tuple[int, int]]:
+    def turns(self, each: int, warm: int = 0) -> Iterator[tuple[int, int]]:
         first, header = self._next_turn, self.links[0].header
         self._next_turn += self.replicas * each
         own = 0
+        ahead = each if self.max_staleness is None else self.max_staleness
+        allowed = each if ahead >= each and not warm else 0
         while own < (header.limit[self.replica] if header.epoch[0] == first else each):
+            if own >= allowed:
+                allowed = self._wait_for(to.GO, first, each, own, ahead, warm)
+                self._behind = own > 0 or warm > 0
             self._turn = first + self.replica * each + own
             yield self.replica, own
             own += 1
         while True:
-            self._drain()
-            answer = self.links[0].ask(to.MORE, np.array([first, each], np.int64).tobytes())
-            self._turn = int(np.frombuffer(self._admitted(answer), np.int64)[0])
+            self._turn = self._wait_for(to.MORE, first, each)
             if self._turn == to.NO_MORE:
                 break
+            self._behind = True
             yield divmod(self._turn - first, each)
         self._turn = changes.NO_TURN
 
+    def _wait_for(self, tag: int, *words: int) -> int:
+        """The first server's answer, when it has one."""
+        self._drain()
+        answer = self.links[0].ask(tag, np.array(words, np.int64).tobytes())
+        return int(np.frombuffer(self._admitted(answer), np.int64)[0])
+
     def refresh(self, parameters: Array, before: Array) -> None:
+        if not self._behind:
+            return
+        self._behind = False
         self._drain()
         self._pull(parameters)
         before[...] = parameters

@@ -37,6 +37,7 @@ KEEP, RESTORE = 20, 21  # tell what your rule keeps; and take it back
 MEET, COLLECT = 15, 16  # what I bring to a meeting; for all, or for the chief
 MORE = 17  # my turns are done: first turn and turns of a shard in this epoch
 LEAVE = 18  # I cannot go on, and why
+GO = 22  # may I begin a turn of my own? First turn and turns of a shard, turns I have done, ``ahead``, ``warm``
 NO_MORE = -1  # in the place of a turn
 
 LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
@@ -118,6 +119,7 @@ class Server:
         self._chief_only = False  # whether what is brought to this meeting is for the chief only
         self._epoch: Epoch | None = None
         self._idle: list[int] = []  # replicas that wait for a turn
+        self._held: dict[int, list[int]] = {}  # those that have turns and must wait; turns done, ``ahead``, ``warm``
         self._left: list[int] = []  # replicas that gave up, and wait for the end
 
     def agree(self, error: str | None) -> None:
@@ -249,7 +251,11 @@ class Server:
         elif tag in (KEEP, RESTORE):
             self._tell_rule(replica, tag)
         elif tag == MORE:
-            self._wait_for_turn(replica, *np.frombuffer(content, np.int64).tolist())
+            self._open(*np.frombuffer(content, np.int64).tolist())
+            self._idle.append(replica)
+        elif tag == GO:
+            first, each, *self._held[replica] = np.frombuffer(content, np.int64).tolist()
+            self._open(first, each)
         else:
             self._chief_only = tag == COLLECT
             self._hub.come(replica, content)
@@ -272,11 +278,12 @@ class Server:
             else:
                 self.wire.recv(array, replica + 1, RESTORE)
 
-    def _wait_for_turn(self, replica: int, first: int, each: int) -> None:
+    def _open(self, first: int, each: int) -> None:
+        """Begin the epoch of which a message speaks, if it has not begun."""
         if self._epoch is None or self._epoch.first != first:
             self._epoch = Epoch(self._ledger, first, each, self._header.limit, self._lost)
             self._header.epoch[0] = first
-        self._idle.append(replica)
+
 
     def _settle(self) -> bool:
         """Answer those that wait for each other: at a meeting, or for a turn. Whether there was anything."""
@@ -293,6 +300,16 @@ class Server:
                 did = True
                 self._idle.remove(replica)
                 self._send(replica, np.int64(turn).tobytes())
+        for replica in list(self._held):
+            if replica not in self._held:
+                continue  # lost since
+            assert self._epoch is not None
+            done, ahead, warm = self._held[replica]
+            allowed = self._epoch.allowed(replica, self._hub.living, ahead, warm)
+            if done < allowed:
+                did = True
+                del self._held[replica]
+                self._send(replica, np.int64(allowed).tobytes())
         return did
 
     def _send(self, replica: int, content: bytes) -> None:
@@ -316,6 +333,7 @@ class Server:
             self._epoch.lose(replica)
         if replica in self._idle:
             self._idle.remove(replica)
+        self._held.pop(replica, None)
         if self.world.rank == 0:
             sys.stderr.write(f"{self.wire.peers[replica + 1]} {why}; {len(self._hub.living)} of {self.replicas} "
                              "replicas go on, with its rows\n")

@@ -134,6 +134,12 @@ def test_replicas_that_exchange_while_they_compute_learn_the_digits(tmp_path):
     assert all(rank["beside"]["transferring"] > 0 for rank in report["ranks"] if rank["role"] == "replica")
 
 
+def test_replicas_that_wait_for_each_other_and_begin_with_one_alone_learn_the_digits(tmp_path):
+    train(4, "--max-staleness", 1, "--warm-start", 30, "--layers", 200, 100, "--epochs", 10, "--finetune-epochs", 20,
+          "--out", tmp_path / "run", "--plots", "off")
+    assert error_of(tmp_path / "run") < 0.1
+
+
 def test_two_servers_and_two_replicas_learn_the_digits(tmp_path):
     said = train(4, "--servers", 2, "--out", tmp_path / "run", "--plots", "off", "--finetune-epochs", 30)
     assert "2 asynchronous replicas around 2 parameter servers" in said
