@@ -215,4 +215,4 @@ def feed_of(rows: Rows, xp: ModuleType, at_once: int) -> Feed:
     """The feed for a model where ``xp`` is, from rows where they are; a turn has at most ``at_once`` rows."""
     if xp is np:
         return Feed(rows)
-    return Resident(rows) if is_gpu(rows.array) else Streamed(rows, xp, at_once)
+    return Resident(rows) if is_gpu(rows.array) else Streamed(rows, xp, min(at_once, len(rows)))

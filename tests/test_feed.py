@@ -81,6 +81,17 @@ def test_spans_are_cut_as_arrays_are():
     assert Span(3, 9, "turn")[2:4] == Span(5, 2, "turn")
 
 
+def test_buffers_have_room_for_no_more_rows_than_there_are():
+    """However long the turns are that --period or --n-push asks for."""
+    with installed() as device:
+        import cupy
+
+        rows = table("uint8")
+        feed = feed_of(rows, cupy, 10**4)
+        assert [len(side.arrays[0][0]) for side in feed.sides] == [len(rows)] * 2
+        assert device.held == 2 * len(rows) * (rows.n + 4)
+
+
 def test_bytes_travel_as_bytes():
     with installed() as device:
         import cupy
