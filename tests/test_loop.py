@@ -109,7 +109,7 @@ class Slice(Alone):
 
     def __init__(self, replica, replicas):
         super().__init__()
-        self.replica, self.replicas = replica, replicas
+        self.replica, self.replicas, self.living = replica, replicas, tuple(range(replicas))
 
 
 @pytest.mark.parametrize("order", ["fast", "fixed"])
