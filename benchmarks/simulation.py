@@ -29,8 +29,8 @@ WAYS: dict[str, tuple[int, int, list[str]]] = {  # ranks, replicas, options
     "sync 2": (2, 2, ["--mode", "sync"]),
     "local 2": (2, 2, ["--mode", "local"]),
 }
-SETTINGS: dict[str, Any] = {"layers": [500], "epochs": [2], "batch": 100, "learning_rate": [0.05],
-                            "finetune_epochs": 3, "finetune_learning_rate": 0.001, "finetune_patience": 0, "threads": 1,
+SETTINGS: dict[str, Any] = {"layers": [500], "epochs": [1], "batch": 100, "learning_rate": [0.05],
+                            "finetune_epochs": 2, "finetune_learning_rate": 0.001, "finetune_patience": 0, "threads": 1,
                             "plots": "off", "checkpoint_seconds": 1e9}
 
 

@@ -102,20 +102,20 @@ def _all_at_once(starts: list[list[str]], what: str, settings: Path) -> list[Any
 # -- in the processes that measure ----------------------------------------------------------------
 
 
-def median(action: Callable[[], object]) -> float:
+def median(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that the action takes."""
-    return statistics.median(repeated(action))
+    return statistics.median(repeated(action, clock))
 
 
-def repeated(action: Callable[[], object]) -> list[float]:
+def repeated(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Seconds that it takes each time."""
     found: list[float] = []
     action()
     until = time.perf_counter() + SECONDS
     while len(found) < LEAST or time.perf_counter() < until:
-        begun = time.perf_counter()
+        begun = clock()
         action()
-        found.append(time.perf_counter() - begun)
+        found.append(clock() - begun)
     return found
 
 
@@ -139,7 +139,10 @@ def oversleep() -> float:
 
 
 def compute(settings: Settings) -> dict[str, Any]:
-    """``phases``, the ``Compute`` of each as a table, and the ``jitter`` of their updates."""
+    """``phases``, the ``Compute`` of each as a table, and the ``jitter`` of their updates.
+
+    With one thread seconds are those of the processor, so that what else runs on the machine does not count.
+    """
     import numpy as np
 
     from gpudbn.dbn import DBN
@@ -149,6 +152,7 @@ def compute(settings: Settings) -> dict[str, Any]:
 
     data, labelled = load_data(settings, quiet=True)
     training = Training(DBN([data.train.n, *settings.layers]), data, settings, Alone(), labelled=labelled)
+    clock = time.perf_counter if (settings.threads or 1) > 1 else time.process_time
     phases, jitters = [], []
     for index in range(training.phases):
         training.index = index
@@ -163,14 +167,14 @@ def compute(settings: Settings) -> dict[str, Any]:
         times: dict[str, list[tuple[float, float]]] = {"update": [], "sums": []}
         for count in (max(1, whole // 4), whole):
             (piece,) = training._pieces(phase, positions[:count])
-            updates = repeated(lambda: phase.update(feed, piece))  # noqa: B023 - called here
+            updates = repeated(lambda: phase.update(feed, piece), clock)  # noqa: B023 - called here
             times["update"].append((count, statistics.median(updates)))
-            times["sums"].append((count, median(lambda: phase.sums(sums, feed, piece))))  # noqa: B023
+            times["sums"].append((count, median(lambda: phase.sums(sums, feed, piece), clock)))  # noqa: B023
         block = order[:MEASURED]
         jitters.append(spread(updates))
         phases.append({name: line(*points) for name, points in times.items()} | {
-            "step": (median(lambda: phase.step(sums, whole)), 0.0),  # noqa: B023
-            "measure": (0.0, median(lambda: phase.measure(rows, block)) / len(block))})  # noqa: B023
+            "step": (median(lambda: phase.step(sums, whole), clock), 0.0),  # noqa: B023
+            "measure": (0.0, median(lambda: phase.measure(rows, block), clock) / len(block))})  # noqa: B023
     return {"phases": phases, "jitter": statistics.mean(jitters)}
 
 
@@ -182,25 +186,32 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
     from gpudbn.mpi.server import Server
     from gpudbn.mpi.wire import Window, Wire
 
-    wire = Wire.start()
+    class Processor(Wire):
+        """Its tally counts seconds of the processor: what else runs on the machine takes none."""
+
+        def clock(self) -> float:
+            return time.process_time()
+
+    wire = Processor.start()
     size = largest(settings, *load_data(settings, quiet=True))
     arrays = [np.zeros(n, np.float32) for n in (SMALL, size)]
     window = Window(wire, 4 * size)
     points: dict[str, list[tuple[float, float]]] = {}
     for array in arrays:
         if wire.rank:
-            both = median(lambda: window.put(array, 0)) + median(lambda: window.get(array, 0))  # noqa: B023
-            points.setdefault("copy", []).append((array.nbytes, both / 2))
+            there = median(lambda: window.put(array, 0), wire.clock)  # noqa: B023 - called here
+            back = median(lambda: window.get(array, 0), wire.clock)  # noqa: B023
+            points.setdefault("copy", []).append((array.nbytes, (there + back) / 2))
         wire.barrier()
-        begun = time.perf_counter()
+        rounds = []
         for _ in range(PUSHES):
+            begun = time.perf_counter()  # two wait for each other: no time of one processor
             for sender in (0, 1):
                 (wire.send if wire.rank == sender else wire.recv)(array, 1 - wire.rank)
-        points.setdefault("message", []).append((array.nbytes, (time.perf_counter() - begun) / (2 * PUSHES)))
-        begun = time.perf_counter()
-        for _ in range(20):
-            array.copy()
-        copying = (time.perf_counter() - begun) / 20
+            rounds.append(time.perf_counter() - begun)
+        points.setdefault("message", []).append((array.nbytes, statistics.median(rounds) / 2))
+        published = array.copy()
+        copying = median(lambda: np.copyto(published, array), wire.clock)  # noqa: B023
         exchange = join(wire.split(0), size=array.size, **chosen(settings, 2) | {"servers": 1, "mode": "async"})
         mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
