@@ -104,11 +104,6 @@ def limit_threads(threads: int | None, sharing: int) -> int:
     return count
 
 
-def survives_deaths() -> bool:
-    """Whether the job goes on when ranks die: started by Open MPI's ``mpirun --with-ft ulfm``."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - their name
-
-
 def end_job(code: int) -> None:
     """Make the launcher end the other ranks, with this exit code: works before MPI has started, too.
 

@@ -62,7 +62,7 @@ def why_not_direct(device: str) -> str | None:
     reason = "--device is cpu" if device == "cpu" else why_no_gpu()
     if reason:
         return reason
-    if launch.survives_deaths():
+    if launch.survives():
         return "--with-ft ulfm is for jobs that outlive their ranks, which messages of device memory do not"
     said = os.environ.get(VARIABLE, "")
     if said:
