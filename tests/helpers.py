@@ -68,6 +68,8 @@ def _functions(names, others, module):
         other = others.get(name)
         if isinstance(thing, property):
             thing, other = thing.fget, other.fget
+        if hasattr(thing, "__wrapped__") and hasattr(other, "__wrapped__"):  # by a decorator, whose code is no other
+            thing, other = thing.__wrapped__, other.__wrapped__
         if isinstance(thing, FunctionType) and thing.__module__ == module and hasattr(other, "__code__"):
             yield thing, other
         elif isinstance(thing, type) and thing.__module__ == module and thing is not other:
