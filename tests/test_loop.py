@@ -7,13 +7,15 @@ import itertools
 import numpy as np
 import pytest
 
+from gpudbn import loop
 from gpudbn.data import DataSet, Rows
 from gpudbn.dbn import DBN
+from gpudbn.draws import Purpose, permutation, replica_row, site
 from gpudbn.errors import NonFiniteError, UserError
 from gpudbn.loop import Training
 from gpudbn.mpi.alone import Alone
 from gpudbn.settings import Settings
-from tests.helpers import assert_close
+from tests.helpers import assert_close, assert_notices
 
 
 def small_data(rows=71, n=13, classes=3, seed=0):
@@ -233,3 +235,69 @@ def test_asynchronous_shards_cover_every_row_once():
     small_data().train.take(np.arange(51), whole)
     seen = np.concatenate(seen)
     assert sorted(map(bytes, seen)) == sorted(map(bytes, whole))
+
+
+class Helper(Alone):
+    """Replica 1 of 3: does its own turns, then those of the others, one of whom it has lost and one of whom is slow."""
+
+    replica, replicas, living, shards_rows = 1, 3, (1,), True
+
+    def __init__(self):
+        super().__init__()
+        self.refreshed = 0
+
+    def turns(self, each, warm=0):  # noqa: ARG002
+        yield from ((1, number) for number in range(each))
+        yield from ((0, number) for number in range(each))
+        yield from ((2, number) for number in reversed(range(each)))
+
+    def refresh(self, parameters, before):
+        self.refreshed += 1
+        before[...] = parameters
+
+
+def check_rows_of_others():
+    """Every row is seen once an epoch, and no address of draws comes twice."""
+    exchange = Helper()
+    run = training(small_settings(layers=(11,), finetune_epochs=2, finetune_patience=0, n_push=2, n_fetch=2),
+                   exchange=exchange)
+    seen, addresses = [], []
+
+    def noting(phase):
+        update = phase.update
+
+        def noted(feed, piece):
+            seen.extend(feed.rows.places(piece.positions).tolist())
+            addresses.append((piece.update, piece.row))
+            update(feed, piece)
+
+        phase.update = noted
+        return phase
+
+    make = run._make_phase
+    run._make_phase = lambda: noting(make())
+    rows = run.data.train.shard(0, 3)  # 17 rows, as the others: a turn of 16, and one of the last row
+    order = permutation(17, seed=1, update=0, row=replica_row(0), site=site(Purpose.ORDER, 0))
+    for record in run.run():
+        if record["phase"] != "test":
+            assert sorted(seen) == list(range(51))
+            if record["phase"] == "pretrain" and record["epoch"] == 1:
+                assert seen[17:34] == rows.places(order).tolist()
+            seen.clear()
+    assert len(set(addresses)) == len(addresses)
+    assert all(row == replica_row(1) for _, row in addresses)
+    assert exchange.refreshed > 0
+
+
+def test_turns_of_other_shards_are_those_of_their_owners():
+    check_rows_of_others()
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    ("train.shard(owner, self.exchange.replicas)", "train.shard(self.exchange.replica, self.exchange.replicas)"),
+    ("row = replica_row(owner) if", "row = replica_row(owner + 1) if"),
+    ("first = start + number * turn", "first = self.position"),
+    ("if self._lent is None or self._lent[0] != owner", "if self._lent is None"),
+])
+def test_turns_of_other_shards_done_wrong_are_noticed(line, fault):
+    assert_notices(check_rows_of_others, loop, line, fault)

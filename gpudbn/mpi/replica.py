@@ -291,8 +291,10 @@ class Asynchronous(Together):
             "reads_asked": sum(link.end.asked for link in self.links)}
 
     def reports(self) -> list[dict[str, Any]] | None:
-        replicas = super().reports()
-        return None if replicas is None else [*(link.report() for link in self.links), *replicas]
+        every = self.collect(np.frombuffer(json.dumps(self.report()).encode(), np.uint8))
+        if every is None:
+            return None
+        return [*(link.report() for link in self.links), *(json.loads(report.tobytes()) for report in every)]
 
     def close(self) -> None:
         if self.living:

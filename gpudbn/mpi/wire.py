@@ -491,6 +491,8 @@ class Wire:
         sys.stdout.flush()
         sys.stderr.flush()
         launch.end_job(code)  # first: after MPI's own abort MPICH's mpirun returns 9 now and then
+        if launch.survives() and len(self.lost()) == self.size - 1:
+            os._exit(code)  # if all others are dead, Open MPI's mpirun returns 0 after MPI's own abort
         self.comm.Abort(code)
 
     def close(self) -> None:
