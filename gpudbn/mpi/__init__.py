@@ -17,6 +17,7 @@
     overlap.py     a replica that exchanges while it computes
     ledger.py      which turns are done, and who does what is left
     hub.py         where replicas meet, and who of them is living
+    watch.py       kills ranks that have been stopped for too long
     simulate.py    whole runs in virtual time, in one process: the files above, on
     virtual.py     MPI between ranks of
     machine.py     a cluster in virtual time, where things take as long as
