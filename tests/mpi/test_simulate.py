@@ -39,7 +39,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("settings", [
     {}, {"servers": 2, "n_fetch": 8, "server_rule": "adagrad"}, {"push": "factored"}, {"staleness": "compensate"},
-    {"overlap": "on", "n_fetch": 8},
+    {"overlap": "on", "n_fetch": 8}, {"max_staleness": 2, "warm_start": 8, "n_push": 1, "n_fetch": 1},
     {"mode": "local"}, {"mode": "sync"}])
 def test_a_run_is_the_same_each_time(settings):
     costs = {"jitter": 0.3, "node": 2}
