@@ -1,9 +1,12 @@
-"""MNIST 784-500-500-2000: test error and time of whole runs, alone and under mpirun, over several seeds.
+"""MNIST: test error and time of whole runs, alone, under mpirun and simulated, over several seeds.
 
     python -m benchmarks.mnist --data FOLDER --ways single async sync --seeds 1 2 3 4 5 --out results.json
+    python -m benchmarks.mnist --data FOLDER --ways small sixteen --out benchmarks/results/mnist-16.json
 
-Each run is the command a user would type, with the settings of ``mnist.toml``. The file is written
-after every run, and a run that is in it already is not repeated.
+Each run is the command a user would type: ``single``, ``async`` and ``sync`` with the settings of ``mnist.toml``,
+784-500-500-2000; ``small`` with those of ``mnist-small.toml``, 784-500-300; ``sixteen``, the same by 16 asynchronous
+replicas in virtual time, with those of ``mnist-16.toml``. The file is written after every run, and a run that is in it
+already is not repeated.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
-WAYS = {"single": [], "async": ["--mode", "async"], "sync": ["--mode", "sync"]}
-RANKS = {"single": 0, "async": 3, "sync": 3}
+WAYS = {"single": ["--config", "mnist.toml"], "async": ["--config", "mnist.toml", "--mode", "async"],
+        "sync": ["--config", "mnist.toml", "--mode", "sync"], "small": ["--config", "mnist-small.toml"],
+        "sixteen": ["--config", "mnist-16.toml", "--replicas", "16", "--costs", "cluster.toml"]}
+RANKS = {"async": 3, "sync": 3}
+BESIDE = {"async": "single", "sync": "single", "sixteen": "small"}  # what a way is compared with
 # two-sided 95 % point of Student's t by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # the Open MPI wheel wants to be told that this is meant
@@ -58,9 +64,10 @@ def run(way: str, seed: int, options: list[str]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         mpirun = Path(sys.executable).parent / "mpirun"
-        launcher = [str(mpirun), "-n", str(RANKS[way])] if RANKS[way] else []
-        command = [sys.executable, "-m", "gpudbn.train", "--config", str(HERE / "mnist.toml"), *WAYS[way],
-                   "--seed", str(seed), "--plots", "off", *options]
+        launcher = [str(mpirun), "-n", str(RANKS[way])] if way in RANKS else []
+        module = "gpudbn.simulate" if "--replicas" in WAYS[way] else "gpudbn.train"
+        files = [str(HERE / word) if word.endswith(".toml") else word for word in WAYS[way]]
+        command = [sys.executable, "-m", module, *files, "--seed", str(seed), "--plots", "off", *options]
         begun = time.perf_counter()
         subprocess.run([*launcher, *command, "--out", str(out)], check=True, env=OPENMPI | os.environ,
                        stdout=subprocess.DEVNULL)
@@ -68,15 +75,15 @@ def run(way: str, seed: int, options: list[str]) -> dict[str, object]:
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     test = next(r for r in records if r["phase"] == "test")
     report = next(r for r in records if r["phase"] == "report")
-    shown = " ".join([*(["mpirun", "-n", str(RANKS[way])] if RANKS[way] else []), "python", *command[1:4],
-                      "benchmarks/mnist.toml", *command[5:]])
+    shown = " ".join([*(["mpirun", *launcher[1:]] if launcher else []), "python",
+                      *(word.replace(str(HERE), "benchmarks") for word in command[1:])])
     pretraining = max(r["seconds"] for r in records if r["phase"] == "pretrain")
     return {"way": way, "seed": seed, "error": test["error"], "seconds": round(seconds, 1),
             "pretraining_seconds": round(pretraining, 1), "command": shown,
             "report": {k: v for k, v in report.items() if k != "phase"}}
 
 
-def paired(runs: list[dict], way: str, to: str = "single") -> tuple[float, float, float] | None:
+def paired(runs: list[dict], way: str, to: str) -> tuple[float, float, float] | None:
     """Mean difference of the test errors of two ways over the seeds both have, and its 95 % interval, in percent."""
     errors: dict[str, dict[int, float]] = {name: {r["seed"]: 100 * r["error"] for r in runs if r["way"] == name}
                                            for name in (way, to)}
@@ -91,7 +98,7 @@ def paired(runs: list[dict], way: str, to: str = "single") -> tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mnist", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["single", "async", "sync"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "mnist.json")
     parser.add_argument("options", nargs="*", help="more options of gpudbn.train, after --")
@@ -113,10 +120,10 @@ def main() -> None:
             seconds = [r["seconds"] for r in results["runs"] if r["way"] == way]
             print(f"{way:8} mean {sum(errors) / len(errors):.3f} %  of {', '.join(f'{e:.2f}' for e in errors)}; "
                   f"{min(seconds):.0f} to {max(seconds):.0f} s")
-            difference = paired(results["runs"], way) if way != "single" else None
+            difference = paired(results["runs"], way, BESIDE[way]) if way in BESIDE else None
             if difference:
-                print(f"{'':8} less single: {difference[0]:+.3f} %, 95 % interval {difference[1]:+.3f} to "
-                      f"{difference[2]:+.3f}, paired by seed, at the same number of gradient evaluations")
+                print(f"{'':8} less {BESIDE[way]}: {difference[0]:+.3f} %, 95 % interval {difference[1]:+.3f} to "
+                      f"{difference[2]:+.3f}, paired by seed")
 
 
 if __name__ == "__main__":
