@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 TENSOR_CORES = ("bf16", "bf16x2", "tf32")  # what only these multiply, on a GPU
-BLOCKS = "blocks"
-PRECISIONS = ("fp32", *TENSOR_CORES, "exact", BLOCKS)
+PRECISIONS = ("fp32", *TENSOR_CORES, "exact")  # of --precision
+BLOCKS = "blocks"  # of --order fixed
 BLOCK = 16  # columns; parts of a layer are cut at multiples of it
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels, transports
-from gpudbn import arrays, dbn, optimiser, predict, sample, train
+from gpudbn import arrays, dbn, finetune, optimiser, predict, sample, shards, train
 from gpudbn.cuda import door
 from gpudbn.dbn import DBN
 from gpudbn.errors import NonFiniteError
@@ -378,15 +378,13 @@ def test_a_copy_from_the_host_is_late(device):
     assert device.synchronised == 1
 
 
-@pytest.mark.parametrize(("line", "fault"), [
-    ("self.xp.matmul(a[-2],", "np.matmul(a[-2],"),
-    ("labels = xp.asarray(rows.take_labels(piece", "labels = np.asarray(rows.take_labels(piece"),
-    ("xp.sum(delta, axis=0, out=gradient[f\"c{i}\"])", "xp.sum(delta, axis=0, out=np.zeros(7))"),
+@pytest.mark.parametrize(("module", "line", "fault"), [
+    (shards, "xp.matmul(a, b, out=out)", "np.matmul(a, b, out=out)"),
+    (finetune, "self.xp.asarray(rows.take_labels(", "np.asarray(rows.take_labels("),
+    (finetune, "xp.sum(delta, axis=0, out=gradient[f\"c{i}\"])", "xp.sum(delta, axis=0, out=np.zeros(7))"),
 ])
-def test_what_real_cupy_refuses_ends_a_run(line, fault, device):  # noqa: ARG001
-    from gpudbn import finetune
-
-    with planted(finetune, line, fault), pytest.raises(TypeError):
+def test_what_real_cupy_refuses_ends_a_run(module, line, fault, device):  # noqa: ARG001
+    with planted(module, line, fault), pytest.raises(TypeError):
         finished(on_device(small_settings(epochs=0)))
 
 
