@@ -86,7 +86,7 @@ class FinetunePhase(Phase):
                                        history=settings.history)
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
-        self.units = [*dbn.sizes[1:], *([0] * (self.depth - len(dbn.layers)))]  # of a level, here and elsewhere
+        self.units = dbn.sizes[1:] if self.shards.count > 1 else widths[1:]  # of a level, here and elsewhere
         # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
         cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
         self.losses = self.xp.empty(rows, np.float32)

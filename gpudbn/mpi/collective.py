@@ -115,17 +115,8 @@ class Synchronous(Peers):
             self.arrays.allreduce_(sums)
 
     def add_in_order_(self, sums: Array, partials: list[Array]) -> None:
-        """A chain: each replica adds its blocks, one by one, to what its predecessor hands on."""
         with span("chain"):
-            if self.replica == 0:
-                sums.fill(0)
-            else:
-                self.wire.recv(sums, self.replica - 1)
-            for partial in partials:
-                sums += partial
-            if self.replica < self.replicas - 1:
-                self.wire.send(sums, self.replica + 1)
-            self.wire.broadcast(sums, self.replicas - 1)
+            self.wire.add_in_order_(sums, partials)
 
 
 class Periodic(Peers):

@@ -34,17 +34,8 @@ class Parts(Shards):
             self.arrays.allreduce_(array)
 
     def add_in_order_(self, out: Array, partials: Sequence[Array]) -> None:
-        """A chain: each part adds its blocks to what its predecessor hands on."""
         with span("chain of parts"):
-            if self.index == 0:
-                out.fill(0)
-            else:
-                self.wire.recv(out, self.index - 1)
-            for partial in partials:
-                out += partial
-            if self.index < self.count - 1:
-                self.wire.send(out, self.index + 1)
-            self.wire.broadcast(out, self.count - 1)
+            self.wire.add_in_order_(out, partials)
 
     def gather(self, part: Array, m: int, out: Array | None = None) -> Array:
         """See ``Shards.gather``. Parts are up to 16 columns wider than others: all travel as wide as the widest."""

@@ -284,7 +284,6 @@ class Server:
             self._epoch = Epoch(self._ledger, first, each, self._header.limit, self._lost)
             self._header.epoch[0] = first
 
-
     def _settle(self) -> bool:
         """Answer those that wait for each other: at a meeting, or for a turn. Whether there was anything."""
         parts, did = self._hub.complete(), False

@@ -340,6 +340,21 @@ class Wire:
             self._wait(self.comm.Iallreduce(self.mpi.IN_PLACE, host, self.mpi.SUM))
         self._count(sent=array.nbytes, received=array.nbytes)
 
+    def add_in_order_(self, sums: Array, partials: Sequence[Array]) -> None:
+        """sums = ((0 + p0) + p1) + ..., through the partials of rank 0, then of rank 1, ..., on every rank.
+
+        A chain: each rank adds its own, one by one, to what its predecessor hands on.
+        """
+        if self.rank == 0:
+            sums.fill(0)
+        else:
+            self.recv(sums, self.rank - 1)
+        for partial in partials:
+            sums += partial
+        if self.rank < self.size - 1:
+            self.send(sums, self.rank + 1)
+        self.broadcast(sums, self.size - 1)
+
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, stacked: shape (size, *array.shape), the same shape on every rank."""
         everything = np.empty((self.size, *array.shape), array.dtype)
