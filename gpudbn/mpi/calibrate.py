@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpudbn._command import load_data
 from gpudbn.errors import UserError
@@ -30,11 +30,18 @@ from gpudbn.mpi import chosen, join, launch
 from gpudbn.mpi.costs import Compute, Costs, Hop
 from gpudbn.settings import Settings, from_toml
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gpudbn.loop import Training
+    from gpudbn.pretrain import Phase, Piece
+
 SECONDS = 0.2  # of one measurement, at least
 LEAST = 7  # repetitions
 STARTING = 4.0  # in which processes have started and loaded the data
 PUSHES = 200
 SMALL = 1000  # entries of the smaller of two vectors
+COLD = 1 << 25  # bytes, more than a core's share of the caches
 
 
 def calibrate(settings: Settings, costs: Costs | None = None, *, known: Sequence[str] = ()) -> Costs:
@@ -102,17 +109,21 @@ def _all_at_once(starts: list[list[str]], what: str, settings: Path) -> list[Any
 # -- in the processes that measure ----------------------------------------------------------------
 
 
-def median(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+def median(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter,
+           first: Callable[[], object] | None = None) -> float:
     """Seconds that the action takes."""
-    return statistics.median(repeated(action, clock))
+    return statistics.median(repeated(action, clock, first))
 
 
-def repeated(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Seconds that it takes each time."""
+def repeated(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter,
+             first: Callable[[], object] | None = None) -> list[float]:
+    """Seconds that it takes each time, without those of what is done ``first``."""
     found: list[float] = []
     action()
     until = time.perf_counter() + SECONDS
     while len(found) < LEAST or time.perf_counter() < until:
+        if first:
+            first()
         begun = clock()
         action()
         found.append(clock() - begun)
@@ -162,20 +173,28 @@ def compute(settings: Settings) -> dict[str, Any]:
         rows = training._set(index).train
         feed, order = feed_of(rows, np, phase.batch), np.arange(len(rows))
         (sums,) = training._buffers(phase, 1)
-        positions = feed.begin(order)
+        positions = feed.begin(training._order(len(rows), 0))
         whole = min(phase.batch, len(rows))
+        noting = median(lambda: training._note(phase), clock) / training._turn()  # noqa: B023 - called here
         times: dict[str, list[tuple[float, float]]] = {"update": [], "sums": []}
         for count in (max(1, whole // 4), whole):
-            (piece,) = training._pieces(phase, positions[:count])
-            updates = repeated(lambda: phase.update(feed, piece), clock)  # noqa: B023 - called here
-            times["update"].append((count, statistics.median(updates)))
-            times["sums"].append((count, median(lambda: phase.sums(sums, feed, piece), clock)))  # noqa: B023
+            pieces = _pieces(training, phase, positions, count)
+            updates = repeated(lambda: phase.update(feed, next(pieces)), clock)  # noqa: B023
+            times["update"].append((count, statistics.median(updates) + noting))
+            times["sums"].append((count, median(lambda: phase.sums(sums, feed, next(pieces)), clock) + noting))  # noqa: B023
         block = order[:MEASURED]
         jitters.append(spread(updates))
         phases.append({name: line(*points) for name, points in times.items()} | {
             "step": (median(lambda: phase.step(sums, whole), clock), 0.0),  # noqa: B023
             "measure": (0.0, median(lambda: phase.measure(rows, block), clock) / len(block))})  # noqa: B023
     return {"phases": phases, "jitter": statistics.mean(jitters)}
+
+
+def _pieces(training: Training, phase: Phase, positions: np.ndarray, count: int) -> Iterator[Piece]:
+    """Pieces of so many rows, over and over: other rows each time, so that they come from memory as in training."""
+    while True:
+        for start in range(0, len(positions) - count + 1, count):
+            yield from training._pieces(phase, positions[start : start + count])
 
 
 def job(settings: Settings) -> dict[str, tuple[float, float]]:
@@ -195,12 +214,18 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
     wire = Processor.start()
     size = largest(settings, *load_data(settings, quiet=True))
     arrays = [np.zeros(n, np.float32) for n in (SMALL, size)]
+    others = np.zeros(COLD, np.int8)
+
+    def cold() -> None:
+        """What is moved next is no longer in the cache, as after an update."""
+        others[...] += 1
+
     window = Window(wire, 4 * size)
     points: dict[str, list[tuple[float, float]]] = {}
     for array in arrays:
         if wire.rank:
-            there = median(lambda: window.put(array, 0), wire.clock)  # noqa: B023 - called here
-            back = median(lambda: window.get(array, 0), wire.clock)  # noqa: B023
+            there = median(lambda: window.put(array, 0), wire.clock, cold)  # noqa: B023 - called here
+            back = median(lambda: window.get(array, 0), wire.clock, cold)  # noqa: B023
             points.setdefault("copy", []).append((array.nbytes, (there + back) / 2))
         wire.barrier()
         rounds = []
@@ -211,7 +236,7 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
             rounds.append(time.perf_counter() - begun)
         points.setdefault("message", []).append((array.nbytes, statistics.median(rounds) / 2))
         published = array.copy()
-        copying = median(lambda: np.copyto(published, array), wire.clock)  # noqa: B023
+        copying = median(lambda: np.copyto(published, array), wire.clock, cold)  # noqa: B023
         exchange = join(wire.split(0), size=array.size, **chosen(settings, 2) | {"servers": 1, "mode": "async"})
         mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
@@ -224,7 +249,7 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
             tally.enter("starting")
             spent = -tally.seconds()["computing"]
             for _ in range(PUSHES):
-                time.sleep(1e-3)  # the server is ready
+                cold()  # and the server is ready
                 array += np.float32(1e-3)
                 tally.enter("computing")
                 exchange.exchange(array, before)
