@@ -326,8 +326,9 @@ class Training:
             precision=self.dbn.about["precision"] if layer else "fp32",
             means=("--data-hidden mean" if s.data_hidden == "mean" else
                    "--reconstruction mean" if s.reconstruction == "mean" else None),
-            rounded=("--last-hidden mean" if s.last_hidden == "mean" else "--up mean" if index and s.up == "mean" else
+            rounded=("--up mean" if index and s.up == "mean" else
                      None if index or s.binarise != "none" or self.data.train.levels else "data of any numbers"),
+            last_means=s.last_hidden == "mean",
             offsets=s.centring != "off" or s.sparsity_target is not None,
             fits=layer and s.kernels in ("auto", "persistent") and self._fits(index), **self._large(index)))
 

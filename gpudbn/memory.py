@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from gpudbn.arrays import free_memory
+from gpudbn.cuda.persistent import ROWS
 from gpudbn.data import DataSet
 from gpudbn.errors import UserError
 from gpudbn.feed import AT_ONCE
@@ -37,9 +38,11 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     layers = [n * m + n + m for n, m in pairs]
     kept = FLOAT * sum(layers)
     pieces = BLOCKS if s.order == "fixed" else 1  # of a batch
-    copies = {"bf16": 2, "bf16x2": 4}.get(chosen(s.precision, tensor_cores=True), 0)  # bytes a weight, by wgmma
+    precision = chosen(s.precision, tensor_cores=True)
+    copies = {"bf16": 2, "bf16x2": 4}.get(precision, 0)  # bytes a weight, by wgmma
     copies *= s.kernels in ("auto", "predicted", "wgmma")
-    plain = s.kernels == "unfused" or (s.kernels == "auto" and chosen(s.precision, tensor_cores=True) == "fp32")
+    plain = s.kernels == "unfused" or (s.kernels == "auto" and precision == "fp32")
+    persistent = s.kernels == "persistent" or (s.kernels == "auto" and precision == "bf16x2" and s.batch <= ROWS)
     phases = []
     for i, (n, m) in enumerate(pairs):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
@@ -48,7 +51,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
                        "chains": FLOAT * chains, "copies in bf16": copies * n * m,
-                       "rows of a launch": FLOAT * TURN * s.batch * n * (s.kernels == "persistent")})
+                       "rows of a launch": persistent * TURN * n * (FLOAT * s.batch + ROWS)})
     if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
         widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
         network = sum(n * m + m for n, m in itertools.pairwise(widths))

@@ -10,8 +10,12 @@
 ``--kernels`` forces a path. With ``auto`` the paths that a layer can take, and that compute as exactly as
 ``--precision`` promises, are its ``rivals``: they are timed on the device before the phase begins (``trials.py``), and
 the quickest is taken. So wgmma is a rival only with bf16, since of bf16x2 it splits the weights alone; persistent
-only with bf16x2 and where nothing but samples and whole numbers crosses the chip, since it rounds means to float16;
-and unfused only with fp32.
+only with bf16x2, and not where data are neither samples nor whole numbers, since it rounds them to float16, and not to
+two bf16; and unfused only with fp32.
+
+The last hidden means cross the chip as float16, too (``reference.as_half``), of which the log tells. They are off by at
+most 2^-12 + 2^-17, an eighth of what bf16 would lose, and sums of them over rows are exact; in the gradient of an
+update this is 3e-4 of what chance makes it differ from seed to seed (tests/test_precision.py).
 
 Where nothing can be timed, and with ``predicted``, it is the first of ``ORDER`` that can be taken, wgmma only where
 each product of the layer has tiles for half of the processors. That order is a prediction, not yet measured on a GPU:
@@ -55,7 +59,9 @@ class Case:
     means : str or None
         An option under which states that are not samples cross the chip: ``--data-hidden mean``.
     rounded : str or None
-        What the persistent path rounds and no other does: ``--last-hidden mean``.
+        Visible units that the persistent path rounds and no other does: ``--up mean``.
+    last_means : bool
+        The last hidden units are means.
     offsets : bool
         Units are centred or drawn to a target of sparsity.
     fits : bool
@@ -74,6 +80,7 @@ class Case:
     precision: str = "fp32"
     means: str | None = None
     rounded: str | None = None
+    last_means: bool = False
     offsets: bool = False
     fits: bool = True
     architecture: str = "sm_80"
@@ -142,11 +149,13 @@ def _against_wgmma(case: Case) -> str | None:
 
 
 def _path(name: str, why: list[str], case: Case) -> Path:
-    """The path; wgmma is taken in CUDA graphs where these can be."""
+    """The path, with what is to be known of it besides why; wgmma is taken in CUDA graphs where these can be."""
     no_graph = _against("graph", case)
     if name == "wgmma" and no_graph:
         why = [*why, f"no graph: {no_graph}"]
-    return Path(name, "; ".join(why) or "the first choice", name == "graph" or (name == "wgmma" and not no_graph))
+    if name == "persistent" and case.last_means:
+        why = [*why, "last hidden means as float16"]
+    return Path(name, "; ".join(why), name == "graph" or (name == "wgmma" and not no_graph))
 
 
 def _too_small(name: str, case: Case) -> str | None:
@@ -183,9 +192,9 @@ def quickest(predicted: Path, times: Mapping[str, float], failed: Mapping[str, s
     best = min((path for path in predicted.rivals if path.name in times), key=lambda path: times[path.name],
                default=predicted)
     told = ", ".join(f"{name} {times[name]:.4g}" for name in sorted(times, key=lambda name: times[name]))
-    why = f"timed, us an update: {told}" if times else predicted.why
-    why = "; ".join([why, *(f"{name} failed: {reason}" for name, reason in failed.items())])
-    return replace(best, why=why, rivals=predicted.rivals)
+    why = [f"timed, us an update: {told}", best.why] if times else [predicted.why]
+    why += [f"{name} failed: {reason}" for name, reason in failed.items()]
+    return replace(best, why="; ".join(filter(None, why)), rivals=predicted.rivals)
 
 
 def choose_path(asked: str, case: Case) -> Path:
@@ -211,7 +220,8 @@ def choose_path(asked: str, case: Case) -> Path:
         order = tuple(name for name in ORDER if name != "wgmma" or has_wgmma)
         against = {name: _against(name, case) or _too_small(name, case) for name in order}
         name = next(name for name in order if against[name] is None)
-        path = _path(name, [f"no {other}: {against[other]}" for other in order[: order.index(name)]], case)
+        why = [f"no {other}: {against[other]}" for other in order[: order.index(name)]]
+        path = _path(name, why or ["the first choice"], case)
         return replace(path, rivals=_rivals(case)) if asked == "auto" else path
     reason = _against(asked, case)
     if reason is None:

@@ -74,7 +74,7 @@ struct Units {
     __device__ __forceinline__ u32 one() const { return bits() ? ALL : f16_pair(1.0f / scale, 1.0f / scale); }
 };
 
-// What a probability becomes in a product: float16, and a multiple of 2^-16.
+// What a probability becomes in a product: float16, which has three bits more than bf16, and a multiple of 2^-16.
 __device__ __forceinline__ u16 as_half(float p) { return (u16)f16_pair(rintf(p * 0x1p16f) * 0x1p-16f, 0.0f); }
 
 // Where in `work` things are.

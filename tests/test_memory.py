@@ -7,6 +7,7 @@ import pytest
 
 from gpudbn import memory, train
 from gpudbn.arrays import is_gpu
+from gpudbn.cuda.persistent import work_words
 from gpudbn.dbn import DBN
 from gpudbn.errors import UserError
 from gpudbn.loop import Training
@@ -63,6 +64,20 @@ def test_what_is_counted_is_what_is_allocated(options):
 def test_a_size_that_is_forgotten_is_noticed(line, fault, case):
     with planted(memory, line, fault), pytest.raises(AssertionError, match="were counted"):
         check_sizes(OPTIONS[case])
+
+
+@pytest.mark.parametrize(("options", "there"), [
+    ({"kernels": "persistent"}, True), ({"kernels": "auto", "precision": "bf16x2"}, True),
+    ({"kernels": "auto", "precision": "bf16x2", "batch": 129}, False),
+    ({"kernels": "auto", "precision": "fp32"}, False),
+    ({"kernels": "graph", "precision": "bf16x2"}, False)])
+def test_where_the_persistent_path_may_be_taken_the_rows_of_a_turn_have_room(options, there):
+    """Those of greys, and the kernel's own copy of them."""
+    settings = wide(layers=(301,), finetune_epochs=0, **{"batch": 100, **options})
+    counted = model_bytes(settings, [499, 301], 3)["rows of a launch"]
+    states = 4 * (work_words(499, 301, memory.TURN, levels=255, last_mean=False)
+                  - work_words(499, 301, 0, levels=255, last_mean=False))
+    assert counted == (memory.TURN * 100 * 499 * 4 + states if there else 0)
 
 
 def settled(free, **options):

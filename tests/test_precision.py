@@ -100,6 +100,34 @@ def test_a_gradient_rounds_as_it_is_told():
     check_gradient()
 
 
+def spread_and_error(sd, rounding):
+    """Of the change of parameters by one update of ``cd_run``: how much chance moves it, and how much the rounding of
+    its last means, which changes no draw; root mean squares."""
+    n, m, rows = 67, 41, 100
+    rng = np.random.default_rng(1)
+    start = np.concatenate([rng.normal(0, sd, n * m), rng.normal(0, 1, n + m)]).astype(np.float32)
+    v = (rng.random((rows, n)) < 0.3).astype(np.float32)
+
+    def change(seed, rounded):
+        velocity = np.zeros_like(start)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "as_half", rounded)
+            reference.cd_run(start.copy(), velocity, v, n, m, batch=rows, levels=1, seed=seed, update=0, rate=1.0,
+                             momentum=0.5, decay=0.0)
+        return velocity
+
+    many = np.array([change(seed, rounding) for seed in range(20)])
+    return np.sqrt(many.var(axis=0).mean()), np.sqrt(np.square(many[0] - change(0, np.copy)).mean())
+
+
+@pytest.mark.parametrize("sd", [0.01, 1.0, 3.0])
+def test_float16_for_means_is_little_beside_chance_and_less_than_bf16(sd):
+    """What the persistent path rounds and others do not: up to 3e-4 of what differs between seeds, bf16 2e-3."""
+    chance, error = spread_and_error(sd, reference.as_half)
+    assert 5e-5 * chance < error < 4e-4 * chance
+    assert spread_and_error(sd, precision.bf16)[1] > 5 * error
+
+
 @pytest.mark.parametrize(("module", "line", "fault", "check"), [
     (precision, "bits >> 16 & 1", "1", check_rounding),
     (precision, "rounded[x != x] = 0x7FFF", "pass", check_rounding),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.test_gpu_path import finished, on_device, strong, training
 from tests.test_loop import Slice
 
 NO_KERNELS = pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
-SAMPLES = {"precision": "bf16x2", "last_hidden": "sample", "binarise": "stochastic"}  # so that persistent is a rival
+SAMPLES = {"precision": "bf16x2", "binarise": "stochastic"}  # so that persistent is a rival
 PLAIN = {"precision": "fp32"}  # so that unfused is
 
 
@@ -70,7 +71,8 @@ LAYER = Case("layer 1", precision="bf16x2", updates=600)
 
 @pytest.mark.parametrize(("changes", "rivals"), [
     ({}, ["graph", "persistent", "fused"]),
-    ({"rounded": "--last-hidden mean"}, ["graph", "fused"]),
+    ({"last_means": True}, ["graph", "persistent", "fused"]),
+    ({"rounded": "--up mean"}, ["graph", "fused"]),
     ({"fits": False}, ["graph", "fused"]),
     ({"precision": "fp32"}, ["graph", "fused", "unfused"]),
     ({"precision": "bf16"}, ["graph", "fused"]),
@@ -95,6 +97,9 @@ def test_reasons_tell_times_and_failures():
     assert not found.graph
     assert quickest(path, {"graph": 1.0, "fused": 2.0}, {}).graph
     assert str(quickest(path, {}, {"fused": "no"})) == "graph (the first choice; fused failed: no)"
+    path = choose_path("auto", replace(LAYER, last_means=True))
+    assert str(quickest(path, {"graph": 2.0, "persistent": 1.0}, {"fused": "no"})) == (
+        "persistent (timed, us an update: persistent 1, graph 2; last hidden means as float16; fused failed: no)")
 
 
 @NO_KERNELS
@@ -102,10 +107,11 @@ def test_a_run_tells_what_would_be_rounded(monkeypatch):
     with installed():
         told = []
         monkeypatch.setattr(loop, "choose_path", lambda asked, case: told.append(case) or choose_path(asked, case))
-        for options, rounded in [({"up": "mean"}, ["--last-hidden mean"] * 2), (SAMPLES, [None, None]),
+        for options, rounded in [(SAMPLES, [None, None]),
                                  ({"up": "mean", "last_hidden": "sample"}, ["data of any numbers", "--up mean"])]:
             on_device(settings(**options))
             assert [case.rounded for case in told] == rounded
+            assert {case.last_means for case in told} == {"last_hidden" not in options}
             told.clear()
 
 
@@ -114,7 +120,8 @@ def test_a_run_tells_what_would_be_rounded(monkeypatch):
 
 @NO_KERNELS
 @pytest.mark.parametrize(("path", "options"), [
-    ("graph", {**SAMPLES, "method": "pcd"}), ("persistent", SAMPLES), ("fused", {**PLAIN, "centring": "data"}),
+    ("graph", {**SAMPLES, "method": "pcd"}), ("persistent", SAMPLES),
+    ("persistent", {**SAMPLES, "last_hidden": "sample"}), ("fused", {**PLAIN, "centring": "data"}),
     ("unfused", PLAIN)])
 def test_the_quickest_path_is_taken_and_the_run_is_its(path, options):
     rivals = ["graph", "persistent", "fused"] if options["precision"] == "bf16x2" else ["graph", "fused", "unfused"]
@@ -125,7 +132,8 @@ def test_the_quickest_path_is_taken_and_the_run_is_its(path, options):
     assert tried == rivals * 2, "each once a layer"
     assert same(found, forced(path, options))
     told = ", ".join(f"{name} {time}" for name, time in zip(order, (1, 2, 3), strict=True))
-    assert {record["path"] for record in records[:-1]} == {f"{path} (timed, us an update: {told})"}
+    means = "; last hidden means as float16" if path == "persistent" and "last_hidden" not in options else ""
+    assert {record["path"] for record in records[:-1]} == {f"{path} (timed, us an update: {told}{means})"}
 
 
 def check_continued(options):
