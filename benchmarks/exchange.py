@@ -118,13 +118,13 @@ def around(size: int, action: Callable[..., dict[str, Any] | None]) -> dict[str,
     """Join a job with a server that has Adagrad; what the action finds on its replicas."""
     import numpy as np
 
-    from gpudbn.mpi import connect
+    from gpudbn.mpi import Plan, connect
     from gpudbn.mpi.rules import Steps
     from gpudbn.mpi.server import Server
     from gpudbn.optimiser import Adagrad
 
     steps = Steps(partial(Adagrad, decay=0), rate=0.01)
-    exchange = connect("async", size, rule=steps)
+    exchange = connect(Plan("async", rule=lambda: steps), size)
     if isinstance(exchange, Server):
         exchange.serve()
         return None
@@ -136,10 +136,11 @@ def around(size: int, action: Callable[..., dict[str, Any] | None]) -> dict[str,
     return found
 
 
-def parts(exchange: Any, rule: Callable[..., None], parameters: Any, change: Any, calls: int) -> float:
+def parts(exchange: Any, rule: Any, parameters: Any, change: Any, calls: int) -> float:
     """Seconds of push + Adagrad + pull, each by itself."""
     (link,) = exchange.links
     mine, (push, pull) = parameters.copy(), exchanging(link, parameters, change)
+    rule.begin(mine, 1)
     spent: dict[str, list[float]] = {"push": [], "apply": [], "pull": []}
     for _ in range(calls):
         link.end.drain()
@@ -156,7 +157,7 @@ def contention(size: int, calls: int) -> dict[str, list[float]] | None:
     """A server and four replicas, first one of them alone, then all, in turn."""
     import numpy as np
 
-    def action(exchange: Any, rule: Callable[..., None], parameters: Any, change: Any) -> dict[str, list[float]] | None:
+    def action(exchange: Any, rule: Any, parameters: Any, change: Any) -> dict[str, list[float]] | None:
         (link,) = exchange.links
         push, pull = exchanging(link, parameters, change)
         found: dict[str, list[float]] = {"parts": [], "step": [], "first try": []}
@@ -186,7 +187,7 @@ def contention(size: int, calls: int) -> dict[str, list[float]] | None:
 
 def overlap(size: int, calls: int) -> dict[str, list[float]] | None:
     """A server and a replica that computes for longer than an exchange takes."""
-    def action(exchange: Any, rule: Callable[..., None], parameters: Any, change: Any) -> dict[str, list[float]]:
+    def action(exchange: Any, rule: Any, parameters: Any, change: Any) -> dict[str, list[float]]:
         push, pull = exchanging(exchange.links[0], parameters, change)
         compute = 2 * parts(exchange, rule, parameters, change, calls)
         waits = []
@@ -214,6 +215,7 @@ def adagrad(size: int, calls: int) -> dict[str, list[float]]:
 
     rule = Steps(partial(Adagrad, decay=0), rate=0.01)
     p, q, g = (np.random.default_rng(i).random(size, np.float32) for i in range(3))
+    rule.begin(p, 1)
     work, eps, rate = np.empty(PIECE, np.float32), np.float32(1e-8), np.float32(0.01)
 
     def passes() -> None:

@@ -112,7 +112,7 @@ def rank(transport: str, rehearse: bool) -> int:
     import numpy as np
 
     from gpudbn.arrays import to_gpu
-    from gpudbn.mpi import connect
+    from gpudbn.mpi import Plan, connect
     from gpudbn.mpi import transport as transports
     from gpudbn.mpi.rules import Steps
     from gpudbn.mpi.server import Server
@@ -125,8 +125,8 @@ def rank(transport: str, rehearse: bool) -> int:
         return to_gpu(np.linspace(-1, 1, size, dtype=np.float32))
 
     found: dict[str, Any] = {"parameters": {}, "seconds": {}}
-    for name, rule in (("add", None), ("Adagrad", Steps(partial(Adagrad, decay=0), rate=0.01))):
-        exchange = connect("async", max(sizes) // 4, rule, transport=transport, device="gpu")
+    for name, rule in (("add", None), ("Adagrad", partial(Steps, partial(Adagrad, decay=0), rate=0.01))):
+        exchange = connect(Plan("async", rule=rule, transport=transport, device="gpu"), max(sizes) // 4)
         if transport == "direct":
             os.environ[transports.VARIABLE] = "1"  # it was tried just now, and cannot be once MPI has started
         if isinstance(exchange, Server):

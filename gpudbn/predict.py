@@ -82,7 +82,7 @@ def _check(found: argparse.Namespace) -> None:
 
 def predict(found: argparse.Namespace) -> int:
     """Predict as the command line says. Returns the exit code."""
-    from gpudbn.mpi import connect
+    from gpudbn.mpi import Plan, connect
     from gpudbn.mpi.alone import Exchange
 
     loaded: list[tuple[_command.Model, _command.Part]] = []
@@ -91,7 +91,7 @@ def predict(found: argparse.Namespace) -> int:
         loaded.append(_load(found))
         return 0
 
-    exchange = connect("sync", prepare)
+    exchange = connect(Plan("sync"), prepare)
     assert isinstance(exchange, Exchange)  # no server
     ((model, part),) = loaded
     dbn = model.dbn

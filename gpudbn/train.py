@@ -73,17 +73,15 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
 
     world = launch.world()
     ranks = world.size if world else 1
-    ways = chosen(settings, ranks)
-    first = settings.servers if ways["mode"] == "async" else 0  # of the replicas
+    plan = chosen(settings, ranks)
     loaded: list[tuple[DataSet, DataSet | None]] = []
 
     def prepare() -> int:
-        data, labelled = load_data(settings, quiet=world is not None and world.rank > first)
+        data, labelled = load_data(settings, quiet=world is not None and world.rank > plan.serving)
         loaded.append((data, labelled))
         return largest(settings, data, labelled)
 
-    exchange = connect(size=prepare, transport=settings.transport, device=settings.device,
-                       stopped_seconds=settings.stopped_seconds, **ways)
+    exchange = connect(plan, prepare)
     if isinstance(exchange, Server):
         exchange.serve()
         return 0

@@ -29,8 +29,9 @@ Importing this package loads neither NumPy nor MPI.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpudbn.errors import UserError
 from gpudbn.mpi import launch
@@ -46,41 +47,65 @@ if TYPE_CHECKING:
 MODES = ("sync", "async", "local")
 
 
-def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, servers: int = 1,
-            outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
-            shards: int = 1, transport: str = "staged", device: str = "auto",
-            max_staleness: int | None = None, stopped_seconds: float = 0) -> Exchange | Server:
-    """Join the job that the launcher made; collective over its ranks.
+@dataclass(frozen=True)
+class Plan:
+    """How the ranks of a job are to work together. The same on all of them.
 
-    Parameters
+    Attributes
     ----------
     mode : "sync", "async" or "local"
         All ranks are replicas and cut every batch; the first ranks serve and the others are replicas; or all ranks
         are replicas on rows of their own, which meet now and then.
-    size : int, or a function that returns it
-        Entries of the largest parameter vector of the run: room for it is made once. A function is called
-        on the replicas, on the first of them before the others, so that data are downloaded or
-        unpacked once; the server is told. Its UserError ends all ranks with one line.
-    rule : callable (parameters, change, staleness), or a ``rules.Compensated``, optional
-        How a server applies a change, in place; default: parameters += change. The same on all ranks.
-    servers : int
-        Mode async: how many ranks serve, each a shard of the parameters.
-    outer : callable, optional
-        Mode local: makes the kind of replica that meets in this way; default: ``collective.Averaging``.
-    push : str
-        Mode async: how replicas pack their changes, see ``changes.Packing``.
-    overlap : bool
-        Mode async: whether replicas exchange while they compute, see ``overlap.py``.
     shards : int
         How many neighbouring ranks hold a replica together.
+    outer : callable, optional
+        Mode local: makes the kind of replica that meets in this way; default: ``collective.Averaging``.
+    stopped_seconds : float
+        Ranks kill one on their machine that has been stopped (not ended) for so long; 0: never.
+    servers : int
+        Mode async, as all that follow: how many ranks serve, each a shard of the parameters.
+    rule : callable, optional
+        Makes what applies changes at a server; default: ``rules.Rule``, which adds them.
+    push : str
+        How replicas pack their changes, see ``changes.Packing``.
+    overlap : bool
+        Whether replicas exchange while they compute, see ``overlap.py``.
     transport : "auto", "staged" or "direct"
-        Mode async: see ``transport.py``. With ``direct`` parameters are GPU arrays, the servers' too.
+        See ``transport.py``. With ``direct`` parameters are GPU arrays, the servers' too.
     device : "auto", "gpu" or "cpu"
         Where the replicas compute.
     max_staleness : int, optional
-        Mode async: how many turns a replica may be ahead of the slowest; default: any number.
-    stopped_seconds : float
-        Ranks kill one on their machine that has been stopped (not ended) for so long; 0: never.
+        How many turns a replica may be ahead of the slowest; default: any number.
+    """
+
+    mode: str
+    shards: int = 1
+    outer: Callable[[Wire, int], Periodic] | None = None
+    stopped_seconds: float = 0
+    servers: int = 1
+    rule: Callable[[], Rule] | None = None
+    push: str = "dense"
+    overlap: bool = False
+    transport: str = "staged"
+    device: str = "auto"
+    max_staleness: int | None = None
+
+    @property
+    def serving(self) -> int:
+        """How many ranks are no replicas: the first ones."""
+        return self.servers if self.mode == "async" else 0
+
+
+def connect(plan: Plan, size: int | Callable[[], int]) -> Exchange | Server:
+    """Join the job that the launcher made; collective over its ranks.
+
+    Parameters
+    ----------
+    plan : Plan
+    size : int, or a function that returns it
+        Entries of the largest parameter vector of the run, of one part where replicas are cut: room for it is made
+        once. A function is called on the replicas, on the first of them before the others, so that data are
+        downloaded or unpacked once; the server is told. Its UserError ends all ranks with one line.
 
     Returns
     -------
@@ -93,14 +118,14 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     UserError
         If the mode is not known, async has no replica or ``direct`` cannot be; or see ``Wire.start``.
     """
-    if mode not in MODES:
-        raise UserError(f"mode: must be one of {', '.join(MODES)}; got {mode!r}")
+    if plan.mode not in MODES:
+        raise UserError(f"mode: must be one of {', '.join(MODES)}; got {plan.mode!r}")
     world = launch.world()
     ranks = world.size if world else 1
-    if mode == "async" and ranks < servers + 1:
-        who = "a server" if servers == 1 else f"{servers} servers"
-        raise UserError(f"mode: async must have at least {servers + 1} ranks, {who} and a replica; got {ranks}. "
-                        f"Start it with mpirun -n {servers + 2}, or use sync")
+    if plan.mode == "async" and ranks < plan.servers + 1:
+        who = "a server" if plan.servers == 1 else f"{plan.servers} servers"
+        raise UserError(f"mode: async must have at least {plan.servers + 1} ranks, {who} and a replica; got {ranks}. "
+                        f"Start it with mpirun -n {plan.servers + 2}, or use sync")
     if ranks == 1:
         from gpudbn.mpi.alone import Alone
 
@@ -110,27 +135,27 @@ def connect(mode: str, size: int | Callable[[], int], rule: Rule | None = None, 
     from gpudbn.mpi import transport as transports
     from gpudbn.mpi.wire import Wire
 
-    reason = None
-    if mode == "async" and transport != "staged":
-        reason = "--overlap moves copies in the host's memory" if overlap else transports.why_not_direct(device)
+    transport, reason = plan.transport, None
+    if plan.mode == "async" and transport != "staged":
+        reason = ("--overlap moves copies in the host's memory" if plan.overlap else
+                  transports.why_not_direct(plan.device))
     wire = Wire.start()
     wire.align()
-    wire.watch(stopped_seconds)
-    if mode == "async":
+    wire.watch(plan.stopped_seconds)
+    if plan.mode == "async":
         transport, reason = transports.agreed(wire, transport, reason)
-    if overlap and not wire.threads:
+    if plan.overlap and not wire.threads:
         wire.agree("--overlap: must be off with an MPI that is for one thread alone; got on")
     if callable(size):
-        size = _prepared(wire, size, first=servers if mode == "async" else 0)
-    joined = join(wire, mode, size, rule, servers, outer, push, overlap, shards, transport,
-                  max_staleness)
-    if mode == "async":
+        size = _prepared(wire, size, first=plan.serving)
+    joined = join(wire, replace(plan, transport=transport), size)
+    if plan.mode == "async":
         joined.transport = f"{transport}: {reason}" if reason else transport
     return joined
 
 
-def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
-    """What ``connect`` and ``join`` take of a run's settings: keyword arguments but ``size``.
+def chosen(settings: Settings, ranks: int) -> Plan:
+    """The plan of a run with these settings and so many ranks.
 
     Raises
     ------
@@ -148,11 +173,13 @@ def chosen(settings: Settings, ranks: int) -> dict[str, Any]:
     from gpudbn.mpi.collective import Averaging, Elastic
     from gpudbn.mpi.rules import from_settings
 
-    outer = {"average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
-             "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
-    return {"mode": mode, "rule": from_settings(settings), "servers": settings.servers, "outer": outer[settings.outer],
-            "push": settings.push, "overlap": settings.overlap == "on", "shards": settings.shards,
-            "max_staleness": settings.max_staleness}
+    outer: dict[str, Callable[[Wire, int], Periodic]] = {
+        "average": Averaging, "elastic": partial(Elastic, elasticity=settings.elasticity),
+        "nesterov": partial(Averaging, rate=settings.outer_rate, momentum=settings.outer_momentum)}
+    return Plan(mode, shards=settings.shards, outer=outer[settings.outer], stopped_seconds=settings.stopped_seconds,
+                servers=settings.servers, rule=partial(from_settings, settings), push=settings.push,
+                overlap=settings.overlap == "on", transport=settings.transport, device=settings.device,
+                max_staleness=settings.max_staleness)
 
 
 def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
@@ -168,36 +195,34 @@ def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
                         f"Start it with mpirun -n {settings.shards * max(1, ranks // settings.shards)}")
 
 
-def join(wire: Wire, mode: str, size: int, rule: Rule | None = None, servers: int = 1,
-         outer: Callable[[Wire, int], Periodic] | None = None, push: str = "dense", overlap: bool = False,
-         shards: int = 1, transport: str = "staged", max_staleness: int | None = None) -> Exchange | Server:
-    """What the rank at this end of a wire is: see ``connect``. Collective over the wire."""
-    for peer, role in zip(wire.peers, roles(wire.size, servers if mode == "async" else 0, shards), strict=True):
+def join(wire: Wire, plan: Plan, size: int) -> Exchange | Server:
+    """What the rank at this end of a wire is: see ``connect``. Collective over the wire; ``auto`` is no transport."""
+    for peer, role in zip(wire.peers, roles(wire.size, plan.serving, plan.shards), strict=True):
         peer.role = role
-    if mode == "sync":
+    if plan.mode == "sync":
         from gpudbn.mpi.collective import Synchronous
 
-        return Synchronous(wire, shards)
-    if mode == "local":
+        return Synchronous(wire, plan.shards)
+    if plan.mode == "local":
         from gpudbn.mpi.collective import Averaging
 
-        return (outer or Averaging)(wire, shards)
+        return (plan.outer or Averaging)(wire, plan.shards)
     from gpudbn.mpi.overlap import Overlapped
-    from gpudbn.mpi.replica import Asynchronous
-    from gpudbn.mpi.rules import Compensated
-    from gpudbn.mpi.server import Server, cuts
+    from gpudbn.mpi.replica import Asynchronous, Link
+    from gpudbn.mpi.rules import Rule
+    from gpudbn.mpi.server import Server, Store, rooms
     from gpudbn.mpi.transport import ends
 
-    replicas = wire.split(int(wire.rank >= servers))
-    links = [wire.among([server, *range(servers, wire.size)]) for server in range(servers)]
-    mine = [link for link in links if link is not None]
-    server_end, replica_end = ends(transport, replicas)
-    if wire.rank >= servers:
-        end = partial(replica_end, asking=isinstance(rule, Compensated))
-        return (Overlapped if overlap else Asynchronous)(wire, replicas, mine, size, end, push=push,
-                                                         max_staleness=max_staleness)
-    part = cuts(size, servers)[wire.rank]
-    return Server(wire, mine[0], part.stop - part.start, rule, server_end)
+    make = plan.rule or Rule
+    replicas = wire.split(int(wire.rank >= plan.servers))
+    found = [(wire.among([server, *range(plan.servers, wire.size)]), room)
+             for server, room in rooms(size, plan.servers).items()]
+    mine = [(each, room) for each, room in found if each is not None]
+    server_end, replica_end = ends(plan.transport, replicas)
+    if wire.rank < plan.servers:
+        return Server(wire, [Store(each, room, make(), server_end) for each, room in mine])
+    links = [Link(each, room, partial(replica_end, asking=make().asks), push=plan.push) for each, room in mine]
+    return (Overlapped if plan.overlap else Asynchronous)(wire, replicas, links, max_staleness=plan.max_staleness)
 
 
 def roles(ranks: int, servers: int, shards: int = 1) -> list[str]:

@@ -237,7 +237,8 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
         points.setdefault("message", []).append((array.nbytes, statistics.median(rounds) / 2))
         published = array.copy()
         copying = median(lambda: np.copyto(published, array), wire.clock, cold)  # noqa: B023
-        exchange = join(wire.split(0), size=array.size, **chosen(settings, 2) | {"servers": 1, "mode": "async"})
+        plan = replace(chosen(settings, 2), mode="async", servers=1, transport="staged")
+        exchange = join(wire.split(0), plan, array.size)
         mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
             busy = tally.seconds()["applying"]

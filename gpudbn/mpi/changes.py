@@ -141,20 +141,23 @@ def decode(label: np.ndarray, payload: Array, parameters: Array, *, out: Array) 
     return out
 
 
-def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, staleness: int) -> bool:
+def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, staleness: int,
+          replica: int = 0) -> bool:
     """Change the parameters by the rule and the change that ``Packing.encode`` packed; False, and not, if it has NaN.
 
     Parameters
     ----------
     payload : array (bytes,), uint8
         Not modified.
+    replica : int
+        Whose change it is.
     """
     xp = module_of(parameters, payload)
     work = _scratch.get("change", parameters.shape) if xp is np else xp.empty_like(parameters)
     change = decode(label, payload, parameters, out=work)
     if not _finite(change):
         return False
-    rule(parameters, change, staleness)
+    rule(parameters, change, staleness, replica)
     return True
 
 

@@ -37,19 +37,26 @@ class Link:
     wire : Wire
         The server, rank 0, and all replicas. Collective over these.
     size : int
-        Entries of the server's shard of the largest parameter vector of the run.
+        The most entries of a vector of the run at the server.
     end : callable (wire, size, header_words)
         Makes this end of the transport, a ``ReplicaEnd``.
     push : str
         See ``changes.Packing``.
     """
 
-    def __init__(self, wire: Wire, size: int, end: Any, *, push: str = "dense") -> None:
-        self.wire, self.replica = wire, wire.rank - 1
+    def __init__(self, wire: Wire, size: int, end: Any = ReplicaEnd, *, push: str = "dense") -> None:
+        self.wire, self.replica, self.size = wire, wire.rank - 1, size
         self.header = Header(wire.size - 1)  # as of the last pull
         self.end = end(wire, size, self.header.words.size)
         self.packing = changes.Packing(push)
         self.base = 0  # versions contained in my parameters before local steps, my own pushes among them
+
+    def announce(self, part: slice) -> None:
+        """What is exchanged from now on is that part of a vector."""
+        if part.stop - part.start > self.size:
+            raise ValueError(f"parameters: must be of a size for which there is room, at most {self.size} entries a "
+                             f"server; got {part.stop - part.start}")
+        self.packing.begin(part.start)
 
     def begin(self, shard: Array) -> None:
         """Give the server the values to begin with; returns when they are published."""
@@ -115,29 +122,20 @@ class Asynchronous(Together):
         All ranks.
     replicas : Wire
         The replicas.
-    servers : sequence of Wire
-        For each server the wire of it and all replicas. Collective over these.
-    size : int
-        Entries of the largest parameter vector of the run, as told to the servers.
-    end : callable (wire, size, header_words)
-        Makes my end of the transport to one server, a ``ReplicaEnd``.
-    push : str
-        See ``changes.Packing``.
+    links : sequence of Link
+        To the servers, in order.
     max_staleness : int, optional
         How many turns it may be ahead of the slowest; default: any number.
     """
 
     shards_rows = True
 
-    def __init__(self, world: Wire, replicas: Wire, servers: Sequence[Wire], size: int, end: Any = ReplicaEnd, *,
-                 push: str = "dense", max_staleness: int | None = None) -> None:
+    def __init__(self, world: Wire, replicas: Wire, links: Sequence[Link], *,
+                 max_staleness: int | None = None) -> None:
         super().__init__(replicas)
-        self.world = world
+        self.world, self.links, self.max_staleness = world, links, max_staleness
         world.label = self.wire.label
-        self._size, self.max_staleness = size, max_staleness
-        self.wants_factors = push == "factored"
-        self.links = [Link(wire, part.stop - part.start, end, push=push)
-                      for wire, part in zip(servers, cuts(size, len(servers)), strict=True)]
+        self.wants_factors = links[0].packing.push == "factored"
         self._cuts: list[slice] = []  # of the phase's parameters
         self._pulls = 0
         self._next_turn = 0  # the first of the next epoch
@@ -145,14 +143,13 @@ class Asynchronous(Together):
         self._behind = False  # whether others had time to go on while I waited
 
     def begin(self, parameters: Array) -> None:
-        if parameters.dtype != np.float32 or parameters.ndim != 1 or parameters.size > self._size:
-            raise ValueError(f"begin: parameters must be a float32 vector of at most {self._size}; "
-                             f"got {parameters.dtype} {parameters.shape}")
+        if parameters.dtype != np.float32 or parameters.ndim != 1:
+            raise ValueError(f"begin: parameters must be a float32 vector; got {parameters.dtype} {parameters.shape}")
         self._drain()
         self._gather()
         self._cuts = cuts(parameters.size, len(self.links))
         for link, part in zip(self.links, self._cuts, strict=True):
-            link.packing.begin(part.start)
+            link.announce(part)
         while True:
             chief = self.living[0]
             if self.chief:

@@ -1,8 +1,8 @@
 """What a server does with a change: the step rules. They know vectors, not what these mean.
 
-A rule is called as rule(parameters, change, staleness) and changes the parameters in place; staleness counts the
-changes of other replicas that came in since the parameters on which the change was computed. A change points uphill,
-as gradients do here: a replica's plain steps make it the sum of its gradients times the rate.
+A rule is called as rule(parameters, change, staleness, replica) and changes the parameters in place; staleness counts
+the changes of other replicas that came in since the parameters on which the change was computed. A change points
+uphill, as gradients do here: a replica's plain steps make it the sum of its gradients times the rate.
 """
 
 from __future__ import annotations
@@ -15,19 +15,49 @@ from gpudbn import optimiser
 from gpudbn.arrays import Array, module_of
 from gpudbn.settings import Settings
 
-Rule = Callable[..., None]
-
 
 def add(parameters: Array, change: Array, staleness: int) -> None:  # noqa: ARG001
-    """parameters += change: the plain rule, when replicas send differences of parameters."""
+    """parameters += change: the plain step, when replicas send differences of parameters."""
     parameters += change
 
 
-class Steps:
+class Rule:
+    """A rule that keeps nothing, and what a server asks of any. One rule is for one vector.
+
+    Parameters
+    ----------
+    step : callable (parameters, change, staleness)
+
+    Attributes
+    ----------
+    asks : bool
+        Whether it must know what replicas pull: pulls then go by message.
+    """
+
+    asks = False
+
+    def __init__(self, step: Callable[[Array, Array, int], None] = add) -> None:
+        self.step = step
+
+    def begin(self, parameters: Array, replicas: int) -> None:
+        """New parameters (size,), float32, which all replicas have; what the rule keeps begins anew."""
+
+    def pulled(self, replica: int, parameters: Array) -> None:
+        """The replica works on these from now on."""
+
+    def __call__(self, parameters: Array, change: Array, staleness: int, replica: int = 0) -> None:  # noqa: ARG002
+        """Change the parameters by the change of a replica, which is not modified."""
+        self.step(parameters, change, staleness)
+
+    def state(self) -> dict[str, Array]:
+        """What a checkpoint has to keep: arrays (size,), float32, to be modified in place."""
+        return {}
+
+
+class Steps(Rule):
     """Step rules at a server: every change counts as a gradient of its own.
 
-    What the rule keeps, such as a velocity, is made anew for every new vector of parameters. Dean et al., "Large scale
-    distributed deep networks" (2012), section 4.1, have Adagrad at the servers; Zhang et al.,
+    Dean et al., "Large scale distributed deep networks" (2012), section 4.1, have Adagrad at the servers; Zhang et al.,
     "Staleness-aware async-SGD for distributed deep learning" (2015), divide by the staleness.
 
     Parameters
@@ -42,34 +72,29 @@ class Steps:
 
     def __init__(self, make: Callable[[Array], Any], *, rate: float = 1.0, by_staleness: bool = False) -> None:
         self.make, self.rate, self.by_staleness = make, rate, by_staleness
-        self._parameters: Array | None = None
         self._rule: Any = None
 
-    def state(self, parameters: Array) -> dict[str, Array]:
-        """What the rule keeps for these parameters."""
-        self._rate(parameters, 0)
+    def begin(self, parameters: Array, replicas: int) -> None:  # noqa: ARG002
+        self._rule = self.make(parameters)
+
+    def state(self) -> dict[str, Array]:
         state: dict[str, Array] = self._rule.state
         return state
 
-    def _rate(self, parameters: Array, staleness: int) -> float:
-        """The rate of one step, for which the rule of these parameters is ready."""
-        if parameters is not self._parameters:
-            self._parameters, self._rule = parameters, self.make(parameters)
+    def _rate(self, staleness: int) -> float:
         return self.rate / max(1, staleness) if self.by_staleness else self.rate
 
-    def __call__(self, parameters: Array, change: Array, staleness: int) -> None:
-        """One step with a change (size,), on the CPU or the GPU: a server's ``rule``."""
-        rate = self._rate(parameters, staleness)
-        self._rule.step(parameters, change, weights=0, scale=1.0, rate=rate)
+    def __call__(self, parameters: Array, change: Array, staleness: int, replica: int = 0) -> None:  # noqa: ARG002
+        """One step with a change (size,), on the CPU or the GPU."""
+        self._rule.step(parameters, change, weights=0, scale=1.0, rate=self._rate(staleness))
 
     def activations(self, parameters: Array, v: Array, h: Array, rows: int, staleness: int, *,
                     model_weight: float = 1.0) -> None:
         """One step with the change of an RBM that came as its activations: see ``reference.cd_sums``."""
-        rate = self._rate(parameters, staleness)
-        self._rule.step_with_activations(parameters, v, h, rows, model_weight=model_weight, rate=rate)
+        self._rule.step_with_activations(parameters, v, h, rows, model_weight=model_weight, rate=self._rate(staleness))
 
 
-class Compensated:
+class Compensated(Rule):
     """Delay compensation in front of a rule: it gets what the change would be at the parameters, to first order.
 
         square <- 0.95 square + 0.05 change^2
@@ -85,11 +110,12 @@ class Compensated:
 
     Parameters
     ----------
-    rule : callable (parameters, change, staleness)
+    rule : Rule
     strength : float
         lambda_0 of the paper, which takes 2.
     """
 
+    asks = True
     KEEP = 0.95  # of the mean square with each change
     TINY = 1e-30  # below any square that matters: keeps 0 / 0 out
 
@@ -97,23 +123,22 @@ class Compensated:
         self.rule, self.strength = rule, strength
 
     def begin(self, parameters: Array, replicas: int) -> None:
-        """New parameters (size,), float32: all replicas have them."""
+        self.rule.begin(parameters, replicas)
         xp = module_of(parameters)
         self._bases = [parameters.copy() for _ in range(replicas)]
         self._square, self._work, self._change = (xp.zeros_like(parameters) for _ in range(3))
 
     def pulled(self, replica: int, parameters: Array) -> None:
-        """The replica works on these from now on."""
         self._bases[replica][...] = parameters
 
-    def __call__(self, parameters: Array, change: Array, staleness: int, *, replica: int) -> None:
-        """The rule, with the compensated change of a replica. The change is not modified."""
-        self.rule(parameters, self._compensated(parameters, change, self._bases[replica]), staleness)
+    def __call__(self, parameters: Array, change: Array, staleness: int, replica: int = 0) -> None:
+        """The rule, with the compensated change of a replica."""
+        self.rule(parameters, self._compensated(parameters, change, self._bases[replica]), staleness, replica)
         self._bases[replica] += change  # as the replica has done
 
-    def state(self, parameters: Array) -> dict[str, Array]:
+    def state(self) -> dict[str, Array]:
         """The mean square, and what the rule keeps."""
-        return {"mean_square": self._square, **state_of(self.rule, parameters)}
+        return {"mean_square": self._square, **self.rule.state()}
 
     def _compensated(self, parameters: Array, change: Array, base: Array) -> Array:
         xp, square, work, out = module_of(parameters, change), self._square, self._work, self._change
@@ -130,15 +155,10 @@ class Compensated:
         return out
 
 
-def state_of(rule: Rule, parameters: Array) -> dict[str, Array]:
-    """What a checkpoint has to keep of a rule: arrays (size,), float32, to be modified in place."""
-    return rule.state(parameters) if isinstance(rule, Steps | Compensated) else {}
-
-
 def from_settings(settings: Settings) -> Rule:
     """What servers do by ``--server-rule`` and ``--staleness``."""
     s = settings
-    rule: Rule = add
+    rule = Rule()
     if s.server_rule != "sgd" or s.server_rate != 1 or s.staleness == "divide":
         makes: dict[str, Callable[..., Any]] = {
             "sgd": optimiser.SGD, "momentum": partial(optimiser.Momentum, momentum=s.server_momentum),

@@ -1,7 +1,8 @@
 """A parameter server: takes changes out of mailboxes as they arrive, publishes what comes of them.
 
-There may be several, each with its shard of the parameters (``cuts``): they know nothing of one another.
-A change is applied once in each shard, whatever dies: ``ledger.py``.
+There may be several, each with its shard of the parameters (``cuts``): they know nothing of one another. A server has
+a ``Store`` for each part of a replica of whose parameters it holds some: for one, where replicas are whole.
+A change is applied once in each store, whatever dies: ``ledger.py``.
 
 It knows vectors and a step rule (``rules.py``), not what they mean; how changes and parameters travel is the
 business of ``staged.py``, and how a change is packed that of ``changes.py``.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from gpudbn.errors import LostError
 from gpudbn.mpi import changes
 from gpudbn.mpi.hub import Hub, pack
 from gpudbn.mpi.ledger import Epoch, Ledger
-from gpudbn.mpi.rules import Compensated, Rule, add, state_of
+from gpudbn.mpi.rules import Rule
 from gpudbn.mpi.staged import ANSWER, ASK, ServerEnd
 from gpudbn.mpi.wire import AgreedError, RanksLostError, Wire
 from gpudbn.tracing import span
@@ -45,10 +46,22 @@ LINE = 16  # float32 of a cache line
 STALENESS = 32  # entries of the histogram, and two for each replica; the last counts all that are staler
 
 
-def cuts(size: int, servers: int) -> list[slice]:
-    """The shards of a vector: one for each server, in order, at multiples of a cache line; the last may be empty."""
-    part = -(-size // servers // LINE) * LINE
-    return [slice(min(i * part, size), min((i + 1) * part, size)) for i in range(servers)]
+def rooms(size: int, servers: int, parts: int = 1, part: int = 0) -> dict[int, int]:
+    """By server, in order, the most entries it gets of a part's vectors of at most ``size``: those it gets any of.
+
+    The vectors of a replica's parts lie end to end, and servers share them out evenly: at multiples of a cache line.
+    """
+    found = {}
+    for server in range(part * servers // parts, -(-(part + 1) * servers // parts)):
+        share = min((server + 1) * parts, (part + 1) * servers) - max(server * parts, part * servers)
+        found[server] = -(-size * share // servers // LINE) * LINE  # share / servers of the part's
+    return found
+
+
+def cuts(size: int, servers: int, parts: int = 1, part: int = 0) -> list[slice]:
+    """What each of the servers in ``rooms`` gets of a part's vector, in order; the last ones may get nothing."""
+    ends = np.minimum(np.cumsum(list(rooms(size, servers, parts, part).values())), size).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class Header:
@@ -76,51 +89,135 @@ class Header:
         self.epoch[0] = -1
 
 
-class Server:
-    """One server: rank 0 of its wire, on which the other ranks are the replicas.
+class Store:
+    """One vector of parameters at a server: its mailboxes, its rule, and what is published of it.
 
-    The first server is also where replicas meet (``hub.py``) and get turns of others (``ledger.py``). It decides who is
-    lost; the other servers are told by the replicas, after every meeting that somebody missed.
+    Parameters
+    ----------
+    wire : Wire
+        The server, rank 0, and replicas, or the same part of each. Collective: these make their ends at the same time.
+    size : int
+        The most entries of a vector of the run.
+    rule : Rule, optional
+        Applies a change (float32, not modified) to the parameters (float32, in place): this store's own.
+    end : callable (wire, size, header_words)
+        Makes this end of the transport, a ``ServerEnd``.
+
+    Attributes
+    ----------
+    header : Header
+        As it will be published next.
+    ledger : Ledger
+    refused : array (replicas,), int64
+        Changes of turns that were done already.
+    asked : int
+        Reads by message.
+    finished : set of int
+        Replicas for which the run is over.
+    """
+
+    def __init__(self, wire: Wire, size: int, rule: Rule | None = None, end: Any = ServerEnd) -> None:
+        self.wire, self.replicas, self.rule = wire, wire.size - 1, rule or Rule()
+        self.header = Header(self.replicas)
+        self.end = end(wire, size, self.header.words.size)
+        self.parameters = self.end.empty(0)
+        self.ledger = Ledger()
+        self.refused = np.zeros(self.replicas, np.int64)
+        self.asked = 0
+        self.finished: set[int] = set()
+        self._first = 0
+
+    def begin(self, content: bytes) -> None:
+        """Publish the values to begin with."""
+        self.parameters = self.end.empty(len(content) // 4)
+        self.parameters[...] = module_of(self.parameters).asarray(np.frombuffer(content, np.float32))
+        self.rule.begin(self.parameters, self.replicas)
+        self.publish()
+
+    def publish(self) -> None:
+        """Let all read the parameters as they are now."""
+        self.end.publish(self.header.words, self.parameters)
+
+    def take(self) -> list[int] | None:
+        """Apply what lies in the mailboxes, then publish once: the replicas that sent NaN or infinity.
+
+        None if there was nothing.
+        """
+        full = self.end.full()
+        if not full:
+            return None
+        with self.wire.tally.timing("applying"):
+            order = sorted(full, key=lambda replica: (replica - self._first) % self.replicas)
+            self._first = order[0] + 1  # of several that are full at once, another goes first next time
+            bad = [replica for replica in order if not self._apply(replica)]
+            self.publish()
+        return bad
+
+    def _apply(self, replica: int) -> bool:
+        """Apply the change in a mailbox, if its turn is not done. False if it is not finite: nothing is done then."""
+        header, label = self.header, self.end.label(replica)
+        self.end.taken(replica)
+        header.applied[replica] += 1
+        turn = int(label[changes.TURN])
+        if turn != changes.NO_TURN and self.ledger.done(turn, 1)[0]:
+            self.refused[replica] += 1
+            return True
+        staleness = int(header.version[0] - label[changes.BASE])
+        with span("apply"):
+            if not changes.apply(self.rule, self.parameters, label, self.end.payload(replica), staleness, replica):
+                self.end.shut(replica)
+                return False
+            self.wire.worked("apply", self.parameters.nbytes)
+        if turn != changes.NO_TURN:
+            self.ledger.add(turn)
+        header.version += 1
+        header.staleness[min(staleness, header.staleness.size - 1)] += 1
+        return True
+
+    def answer(self, replica: int) -> None:
+        """Send header and parameters to a replica that asks for them."""
+        self.asked += 1
+        self.rule.pulled(replica, self.parameters)
+        self.end.answer(replica, self.header.words, self.parameters)
+
+    def tell_rule(self, replica: int, tag: int) -> None:
+        """What the rule keeps, to a replica (KEEP) or from it (RESTORE): the names first, then the arrays."""
+        state = self.rule.state()
+        self.wire.send_bytes(" ".join(state).encode(), replica + 1, ANSWER)
+        for array in state.values():
+            if tag == KEEP:
+                self.wire.send(array, replica + 1, ANSWER)
+            else:
+                self.wire.recv(array, replica + 1, RESTORE)
+
+
+class Server:
+    """One server.
+
+    The first server is also where replicas meet (``hub.py``) and get turns of others (``ledger.py``): at its first
+    store. It decides who is lost; the other servers are told by the replicas, after every meeting that somebody missed.
 
     Parameters
     ----------
     world : Wire
         All ranks: other servers, too.
-    wire : Wire
-        This server and all replicas. Collective: the replicas make their ends at the same time.
-    size : int
-        Entries of this server's shard of the largest parameter vector of the run.
-    rule : callable (parameters, change, staleness), optional
-        Applies a change (float32, not modified) to the parameters (float32, in place). Staleness: how many
-        changes of other replicas came in since the parameters on which the change was computed.
-    end : callable (wire, size, header_words)
-        Makes this end of the transport, a ``ServerEnd``.
+    stores : sequence of Store
     """
 
     transport = ""  # which, and why so, in a few words
 
-    def __init__(self, world: Wire, wire: Wire, size: int, rule: Rule | None = None, end: Any = ServerEnd) -> None:
-        self.world, self.wire = world, wire
-        self.replicas = wire.size - 1
-        self.rule = rule or add
-        servers = world.size - self.replicas
-        world.label = "server" if servers == 1 else f"server {world.rank} of {servers}"
-        self._header = Header(self.replicas)  # as it will be published next
-        self._end = end(wire, size, self._header.words.size)
-        self._parameters = self._end.empty(0)
-        self._asked = 0
-        self._first = 0
-        self._ledger = Ledger()
-        self._refused = np.zeros(self.replicas, np.int64)  # changes of turns that were done already
-        self._lost: list[int] = []
-        self._finished: set[int] = set()
+    def __init__(self, world: Wire, stores: Sequence[Store]) -> None:
+        self.world, self.stores = world, stores
+        self.replicas = stores[0].replicas
+        world.label = world.peers[world.rank].role
+        self.lost: list[int] = []
+        self._left: list[tuple[Store, int]] = []  # replicas that gave up, and wait for the end
         # of the first server
         self._hub = Hub(self.replicas)
         self._chief_only = False  # whether what is brought to this meeting is for the chief only
         self._epoch: Epoch | None = None
         self._idle: list[int] = []  # replicas that wait for a turn
         self._held: dict[int, list[int]] = {}  # those that have turns and must wait; turns done, ``ahead``, ``warm``
-        self._left: list[int] = []  # replicas that gave up, and wait for the end
 
     def agree(self, error: str | None) -> None:
         """Before ``serve``: raise on all ranks if one has an error; see ``Exchange.agree``."""
@@ -141,23 +238,23 @@ class Server:
         LostError
             If no replica is left.
         """
-        self.wire.tally.enter("waiting")
-        pause = self.wire.pause(LONGEST_PAUSE)
-        while len(self._finished) + len(self._lost) < self.replicas:
-            if self._receive() + self._take() + self._settle():
+        self.world.tally.enter("waiting")
+        pause = self.world.pause(LONGEST_PAUSE)
+        while any(len(store.finished.union(self.lost)) < self.replicas for store in self.stores):
+            if sum(map(self._receive, self.stores)) + self._take() + self._settle():
                 pause.reset()
             else:
                 pause()
-        if not self._finished:
+        if not any(store.finished for store in self.stores):
             raise LostError("replicas: at least one must live; got all lost")
-        for replica in self._left:
-            self._send(replica, b"")
+        for store, replica in self._left:
+            self._send(store, replica, b"")
         report = self.report()
         self.world.close()
         return report
 
     def report(self) -> dict[str, Any]:
-        """What this server did so far.
+        """What this server did so far, in all its stores.
 
         Returns
         -------
@@ -166,90 +263,60 @@ class Server:
             (those among them of turns that others had done), ``version``, ``staleness`` (histogram), ``asked`` (reads
             by message), ``lost`` (replicas).
         """
-        header = self._header
-        return {"role": "server", "number": self.world.rank, **self.wire.tally.about(),
-                "applied": header.applied.tolist(), "refused": self._refused.tolist(),
-                "version": int(header.version[0]), "staleness": header.staleness.tolist(), "asked": self._asked,
-                "lost": self._lost}
+        def total(values: Any) -> Any:
+            return np.sum([values(store) for store in self.stores], axis=0).tolist()
+
+        return {"role": "server", "number": self.world.rank, **self.world.tally.about(),
+                "applied": total(lambda store: store.header.applied), "refused": total(lambda store: store.refused),
+                "version": total(lambda store: store.header.version[0]),
+                "staleness": total(lambda store: store.header.staleness), "asked": total(lambda store: store.asked),
+                "lost": self.lost}
 
     def _take(self) -> bool:
-        """Apply what lies in the mailboxes, then publish once. Whether there was anything."""
-        full = self._end.full()
-        if not full:
-            return False
-        with self.wire.tally.timing("applying"):
-            order = sorted(full, key=lambda replica: (replica - self._first) % self.replicas)
-            self._first = order[0] + 1  # of several that are full at once, another goes first next time
-            bad = [replica for replica in order if not self._apply(replica)]
-            self._publish()
-        for replica in bad:
-            self._lose(replica, "sent NaN or infinity")
-        return True
+        """Apply what lies in all mailboxes. Whether there was anything."""
+        found = [store.take() for store in self.stores]
+        for replica in [replica for bad in found for replica in bad or ()]:
+            self._lose(self.stores[0], replica, "sent NaN or infinity")
+        return any(bad is not None for bad in found)
 
-    def _apply(self, replica: int) -> bool:
-        """Apply the change in a mailbox, if its turn is not done. False if it is not finite: nothing is done then."""
-        header, label = self._header, self._end.label(replica)
-        self._end.taken(replica)
-        header.applied[replica] += 1
-        turn = int(label[changes.TURN])
-        if turn != changes.NO_TURN and self._ledger.done(turn, 1)[0]:
-            self._refused[replica] += 1
-            return True
-        staleness = int(header.version[0] - label[changes.BASE])
-        with span("apply"):
-            rule = partial(self.rule, replica=replica) if isinstance(self.rule, Compensated) else self.rule
-            if not changes.apply(rule, self._parameters, label, self._end.payload(replica), staleness):
-                self._end.shut(replica)
-                return False
-            self.wire.worked("apply", self._parameters.nbytes)
-        if turn != changes.NO_TURN:
-            self._ledger.add(turn)
-        header.version += 1
-        header.staleness[min(staleness, header.staleness.size - 1)] += 1
-        return True
-
-    def _publish(self) -> None:
-        self._end.publish(self._header.words, self._parameters)
-
-    def _receive(self) -> bool:
+    def _receive(self, store: Store) -> bool:
         """Do as a message says, if there is one. The call by which MPI makes progress for the replicas, too."""
         message = None
         try:
-            message = self.wire.incoming()
+            message = store.wire.incoming()
             if message:
-                self._answer(*message)
+                self._answer(store, *message)
         except RanksLostError as error:
             for rank in error.ranks:
-                self._lose(rank - 1, "died")
+                self._lose(store, rank - 1, "died")
         return message is not None
 
-    def _answer(self, source: int, tag: int) -> None:
+    def _answer(self, store: Store, source: int, tag: int) -> None:
         """Receive a message and do as it says."""
-        replica, content = source - 1, self.wire.recv_bytes(source, tag)
+        replica, content = source - 1, store.wire.recv_bytes(source, tag)
         if tag == ASK:
-            self._asked += 1
-            if isinstance(self.rule, Compensated):
+            if store.rule.asks:
                 self._take()  # what this replica has pushed is in what it gets
-                self.rule.pulled(replica, self._parameters)
-            self._end.answer(replica, self._header.words, self._parameters)
+            store.answer(replica)
         elif tag == FAIL:
             raise AgreedError(content.decode())
         elif tag == LOST:
             for other in np.frombuffer(content, np.int64).tolist():
-                self._lose(other, "")
-            self._send(replica, b"")
+                self._lose(store, other, "")
+            self._send(store, replica, b"")
         elif tag == REPORT:
-            self._send(replica, json.dumps(self.report()).encode())
+            self._send(store, replica, json.dumps(self.report()).encode())
         elif tag == LEAVE:
-            self._leave(replica, content.decode())
-        elif replica in self._lost:
-            self._send(replica, b"")  # it may not know yet
+            self._leave(store, replica, content.decode())
+        elif replica in self.lost:
+            self._send(store, replica, b"")  # it may not know yet
         elif tag == BEGIN:
-            self._begin(replica, content)
+            store.begin(content)
+            self._send(store, replica, b"")
         elif tag == FINISH:
-            self._finished.add(replica)
+            store.finished.add(replica)
         elif tag in (KEEP, RESTORE):
-            self._tell_rule(replica, tag)
+            store.tell_rule(replica, tag)
         elif tag == MORE:
             self._open(*np.frombuffer(content, np.int64).tolist())
             self._idle.append(replica)
@@ -260,45 +327,28 @@ class Server:
             self._chief_only = tag == COLLECT
             self._hub.come(replica, content)
 
-    def _begin(self, replica: int, content: bytes) -> None:
-        self._parameters = self._end.empty(len(content) // 4)
-        self._parameters[...] = module_of(self._parameters).asarray(np.frombuffer(content, np.float32))
-        if isinstance(self.rule, Compensated):
-            self.rule.begin(self._parameters, self.replicas)
-        self._publish()
-        self._send(replica, b"")
-
-    def _tell_rule(self, replica: int, tag: int) -> None:
-        """What the rule keeps, to a replica (KEEP) or from it (RESTORE): the names first, then the arrays."""
-        state = state_of(self.rule, self._parameters)
-        self._send(replica, " ".join(state).encode())
-        for array in state.values():
-            if tag == KEEP:
-                self.wire.send(array, replica + 1, ANSWER)
-            else:
-                self.wire.recv(array, replica + 1, RESTORE)
-
     def _open(self, first: int, each: int) -> None:
         """Begin the epoch of which a message speaks, if it has not begun."""
         if self._epoch is None or self._epoch.first != first:
-            self._epoch = Epoch(self._ledger, first, each, self._header.limit, self._lost)
-            self._header.epoch[0] = first
+            store = self.stores[0]
+            self._epoch = Epoch(store.ledger, first, each, store.header.limit, self.lost)
+            store.header.epoch[0] = first
 
     def _settle(self) -> bool:
         """Answer those that wait for each other: at a meeting, or for a turn. Whether there was anything."""
-        parts, did = self._hub.complete(), False
+        first, parts, did = self.stores[0], self._hub.complete(), False
         if parts:
             did, chief = True, next(iter(parts))
             everything, empty = pack(parts), pack(dict.fromkeys(parts, b""))
             for replica in parts:
-                self._send(replica, everything if replica == chief or not self._chief_only else empty)
+                self._send(first, replica, everything if replica == chief or not self._chief_only else empty)
         for replica in self._idle.copy():
             assert self._epoch is not None
             turn = NO_MORE if self._epoch.over() else self._epoch.next(replica)
             if turn is not None:
                 did = True
                 self._idle.remove(replica)
-                self._send(replica, np.int64(turn).tobytes())
+                self._send(first, replica, np.int64(turn).tobytes())
         for replica in list(self._held):
             if replica not in self._held:
                 continue  # lost since
@@ -308,25 +358,26 @@ class Server:
             if done < allowed:
                 did = True
                 del self._held[replica]
-                self._send(replica, np.int64(allowed).tobytes())
+                self._send(first, replica, np.int64(allowed).tobytes())
         return did
 
-    def _send(self, replica: int, content: bytes) -> None:
+    def _send(self, store: Store, replica: int, content: bytes) -> None:
         try:
-            self.wire.send_bytes(content, replica + 1, ANSWER)
+            store.wire.send_bytes(content, replica + 1, ANSWER)
         except RanksLostError:
-            self._lose(replica, "died")
+            self._lose(store, replica, "died")
 
-    def _lose(self, replica: int, why: str) -> None:
+    def _lose(self, store: Store, replica: int, why: str) -> None:
         """Go on without a replica. What it gave whole counts; nothing that it sends from now on does."""
-        if replica in self._lost or replica in self._finished:
+        if replica in self.lost or replica in store.finished:
             return
         self._take()
-        if replica in self._lost:
+        if replica in self.lost:
             return
-        self._lost.append(replica)
+        self.lost.append(replica)
         self.world.whole = False
-        self._end.shut(replica)
+        for each in self.stores:
+            each.end.shut(replica)
         self._hub.lose(replica)
         if self._epoch:
             self._epoch.lose(replica)
@@ -334,15 +385,15 @@ class Server:
             self._idle.remove(replica)
         self._held.pop(replica, None)
         if self.world.rank == 0:
-            sys.stderr.write(f"{self.wire.peers[replica + 1]} {why}; {len(self._hub.living)} of {self.replicas} "
+            sys.stderr.write(f"{store.wire.peers[replica + 1]} {why}; {len(self._hub.living)} of {self.replicas} "
                              "replicas go on, with its rows\n")
             sys.stderr.flush()
 
-    def _leave(self, replica: int, why: str) -> None:
+    def _leave(self, store: Store, replica: int, why: str) -> None:
         """One that cannot go on asks whether the others do without it."""
         if self._hub.living in ([], [replica]):
-            self._send(replica, b"")
+            self._send(store, replica, b"")
             return
-        self._lose(replica, f"gave up ({why})")
-        self._left.append(replica)
-        self._send(replica, b"left")
+        self._lose(store, replica, f"gave up ({why})")
+        self._left.append((store, replica))
+        self._send(store, replica, b"left")

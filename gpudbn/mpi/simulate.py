@@ -13,7 +13,7 @@ a server. A GPU takes no part: the costs may be those of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -79,12 +79,12 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
         If the settings do not fit so many replicas, or the costs not the run.
     """
     servers = settings.servers if settings.mode == "async" else 0
-    chosen(settings, servers + replicas)  # or refused at once
+    plan = replace(chosen(settings, servers + replicas), transport="staged")
     size = largest(settings, data, labelled)
     machine, found = Machine(servers + replicas, costs, settings.seed), Simulation()
 
     def rank(wire: VirtualWire) -> dict[str, Any]:
-        exchange = join(wire, size=size, **chosen(settings, wire.size)) if wire.size > 1 else _Alone(wire)
+        exchange = join(wire, plan, size) if wire.size > 1 else _Alone(wire)
         if isinstance(exchange, Server):
             return exchange.serve() | wire.place
         dbn = DBN([data.train.n, *settings.layers], np)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ from gpudbn.factors import Factors
 from gpudbn.mpi import changes
 from gpudbn.mpi.changes import BYTES, Packing, decode
 from gpudbn.mpi.costs import Compute, Costs
-from gpudbn.mpi.rules import Compensated, add
+from gpudbn.mpi.rules import Compensated, Rule
 from gpudbn.mpi.simulate import simulate
 from tests import pretend_cupy
 from tests.helpers import assert_close, assert_notices
@@ -103,10 +101,10 @@ def test_a_server_gets_all_but_what_replicas_still_keep(monkeypatch, push):
         assert np.array_equal(p[who], before[who])
         job.server._take()
     kept = sum(one.links[0].packing._residual for one in job.replicas) if push != "dense" else 0
-    assert_close(job.server._parameters + kept, given, atol=1e-7)
+    assert_close(job.store.parameters + kept, given, atol=1e-7)
     for one, own in zip(job.replicas, p, strict=True):
         one.meet(own)
-        assert np.array_equal(own, job.server._parameters)
+        assert np.array_equal(own, job.store.parameters)
     job.begin(5)  # parameters of another size: what is kept was of the old ones
     assert all(one.links[0].packing._residual is None for one in job.replicas)
 
@@ -126,7 +124,7 @@ def test_on_a_gpu_changes_are_packed_and_applied_to_the_same_bits(push):
     v, h = (rng.integers(0, 2, (2, 2 * rows, k)).astype(np.float32) for k in (n, m))
 
     def run(put):
-        packing, rule = Packing(push), Compensated(add, 2.0)
+        packing, rule = Packing(push), Compensated(Rule(), 2.0)
         p = put(start[0])
         rule.begin(put(start[0] / 2), 1)
         for number in range(2):
@@ -135,7 +133,7 @@ def test_on_a_gpu_changes_are_packed_and_applied_to_the_same_bits(push):
             label, payload = packing.encode(change, base=0, factors=updates)
             assert packing.last == push
             assert type(payload) is type(p)
-            changes.apply(partial(rule, replica=0), p, label, payload.view(np.uint8), 0)
+            changes.apply(rule, p, label, payload.view(np.uint8), 0)
         return to_cpu(p)
 
     expected = run(np.copy)

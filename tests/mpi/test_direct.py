@@ -17,9 +17,9 @@ from gpudbn import optimiser
 from gpudbn.arrays import to_cpu
 from gpudbn.errors import NonFiniteError
 from gpudbn.mpi import direct
-from gpudbn.mpi.replica import Asynchronous
+from gpudbn.mpi.replica import Asynchronous, Link
 from gpudbn.mpi.rules import Steps
-from gpudbn.mpi.server import Server
+from gpudbn.mpi.server import Server, Store
 from gpudbn.mpi.wire import Staging, Wire
 from tests.helpers import assert_close, planted
 from tests.pretend_cupy import installed
@@ -145,7 +145,7 @@ class Network:
             self.idle = 0
         if self.server and not self.inside and self.generator.random() < 0.3:
             self.inside = True
-            self.server._receive()
+            self.server._receive(self.server.stores[0])
             self.server._take()
             self.inside = False
 
@@ -159,10 +159,12 @@ class Job:
         def wire(rank, size=ranks, network=self.network):
             return Hasty(Library, Comm(network, rank, size))
 
-        self.server = Server(wire(0), wire(0), SIZE, rule, partial(direct.ServerEnd, xp=xp))
+        self.store = Store(wire(0), SIZE, rule, partial(direct.ServerEnd, xp=xp))
+        self.server = Server(wire(0), [self.store])
         self.network.server = self.server
-        self.replicas = [Asynchronous(wire(rank), wire(rank - 1, replicas, Network(0)), [wire(rank)], SIZE,
-                                      partial(direct.ReplicaEnd, xp=xp)) for rank in range(1, ranks)]
+        self.replicas = [Asynchronous(wire(rank), wire(rank - 1, replicas, Network(0)),
+                                      [Link(wire(rank), SIZE, partial(direct.ReplicaEnd, xp=xp))])
+                         for rank in range(1, ranks)]
         for one in self.replicas:  # as if all had come, and brought the same
             one._gather = lambda content=b"", tag=0: [content] * replicas  # noqa: ARG005
 
@@ -203,8 +205,8 @@ def random_pushes(job, pushes=60):
     for one, own in zip(job.replicas, parameters, strict=True):
         one._pull_together(own)
         assert (to_cpu(own) == np.concatenate(mine)).all(), "lost or doubled"
-    assert job.server._header.applied.sum() == pushes
-    assert [one.links[0].end.sequence for one in job.replicas] == job.server._header.applied.tolist()
+    assert job.store.header.applied.sum() == pushes
+    assert [one.links[0].end.sequence for one in job.replicas] == job.store.header.applied.tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -243,7 +245,7 @@ def test_a_replica_that_sends_nan_is_refused_and_told(cupy):
         job.replicas[1]._drain()
     job.replicas[0]._pull(parameters[0])
     assert (to_cpu(parameters[0]) == 2).all()
-    assert job.server._lost == [1]
+    assert job.server.lost == [1]
 
 
 def test_a_missing_synchronise_is_noticed(cupy, monkeypatch):
@@ -258,6 +260,7 @@ def test_the_server_steps_by_the_fused_kernels_on_its_own_device(cupy, make):
     """As the same rule in NumPy; what the rule keeps never leaves the device."""
     changes = np.random.default_rng(3).standard_normal((4, SIZE)).astype(np.float32)
     rule, expected = Steps(make, rate=0.25), np.zeros(SIZE, np.float32)
+    rule.begin(expected, 1)
     for change in changes:
         rule(expected, change, 0)
     cupy.pretended.late_kernels = True

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gpudbn.errors import UserError
-from gpudbn.mpi import connect, launch, wire
+from gpudbn.mpi import Plan, connect, launch, wire
 from gpudbn.mpi.launch import World
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8",
@@ -62,7 +62,7 @@ def test_threads_too_late():
     ("import gpudbn.mpi.launch", {"numpy", "mpi4py"}),
     ("import gpudbn.mpi", {"numpy", "mpi4py"}),
     ("import gpudbn.mpi.wire", {"mpi4py", "cupy"}),
-    ("import gpudbn.mpi; gpudbn.mpi.connect('sync', 10)", {"mpi4py", "gpudbn.mpi.wire"}),
+    ("import gpudbn.mpi; gpudbn.mpi.connect(gpudbn.mpi.Plan('sync'), 10)", {"mpi4py", "gpudbn.mpi.wire"}),
 ])
 def test_imports(code, kept_out):
     environ = {name: "" for names in launch.LAUNCHERS.values() for name in names}
@@ -80,16 +80,16 @@ def no_launcher(monkeypatch):
 
 def test_modes(no_launcher):
     with pytest.raises(UserError, match="mode: must be one of sync, async, local; got 'asink'"):
-        connect("asink", 10)
+        connect(Plan("asink"), 10)
     with pytest.raises(UserError, match=r"async must have at least 2 ranks.*got 1. Start it with mpirun"):
-        connect("async", 10)
+        connect(Plan("async"), 10)
     with pytest.raises(UserError, match=r"async must have at least 4 ranks, 3 servers and a replica; got 1. .* -n 5,"):
-        connect("async", 10, servers=3)
+        connect(Plan("async", servers=3), 10)
     no_launcher.setenv("PMI_RANK", "0")
     no_launcher.setenv("PMI_SIZE", "1")
     with pytest.raises(UserError, match=r"async must have at least 2 ranks"):
-        connect("async", 10)
-    assert type(connect("sync", 10)).__name__ == "Alone"
+        connect(Plan("async"), 10)
+    assert type(connect(Plan("sync"), 10)).__name__ == "Alone"
 
 
 def test_two_wheels(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpudbn.arrays import to_cpu, to_gpu
-from gpudbn.mpi import join, overlap
+from gpudbn.mpi import Plan, join, overlap
 from gpudbn.mpi.overlap import Overlapped
 from gpudbn.mpi.server import Server
 from gpudbn.mpi.tally import Tally
@@ -49,9 +49,9 @@ def check_turns(monkeypatch):
         assert job.server._take()
         assert turn(b, 16) == 1 + 2 + 16
         assert job.server._take()
-        assert (job.server._parameters == 1 + 2 + 4 + 8 + 16).all()
+        assert (job.store.parameters == 1 + 2 + 4 + 8 + 16).all()
         # of the others' changes before it 2, 4 and 8 have not seen one, and 16 has not seen three
-        assert job.server._header.staleness[:4].tolist() == [1, 3, 0, 1]
+        assert job.store.header.staleness[:4].tolist() == [1, 3, 0, 1]
         for one in (a, b):
             one.meet(p[one.replica])
             assert (p[one.replica] == 31).all()
@@ -164,7 +164,7 @@ def test_arrays_on_a_gpu_exchange_as_those_on_the_host_do(push, monkeypatch):
     monkeypatch.setattr(overlap, "Overlapped", InTurn)
 
     def program(wire, asarray):
-        exchange = join(wire, "async", 33, push=push, overlap=True)
+        exchange = join(wire, Plan("async", push=push, overlap=True), 33)
         if isinstance(exchange, Server):
             return exchange.serve()["version"]
         p = asarray(np.zeros(33, np.float32))

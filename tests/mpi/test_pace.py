@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn.mpi import join, ledger, server
+from gpudbn.mpi import Plan, join, ledger, server
 from gpudbn.mpi.ledger import Epoch, Ledger
 from gpudbn.mpi.server import Server
 from tests.helpers import assert_notices
@@ -132,7 +132,7 @@ def epochs(ahead, warm, seconds, each=8, servers=1):
     Entry r of the parameters counts the turns of shard r, so parameters tell what they contain.
     """
     def program(wire):
-        exchange = join(wire, "async", 100, servers=servers, max_staleness=ahead)
+        exchange = join(wire, Plan("async", servers=servers, max_staleness=ahead), 100)
         if isinstance(exchange, Server):
             return exchange.serve()
         parameters = np.zeros(100, np.float32)

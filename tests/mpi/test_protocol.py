@@ -17,9 +17,9 @@ import pytest
 from gpudbn.errors import NonFiniteError
 from gpudbn.mpi import staged
 from gpudbn.mpi.hub import pack
-from gpudbn.mpi.replica import Asynchronous
-from gpudbn.mpi.rules import Compensated
-from gpudbn.mpi.server import LEAVE, MEET, Server, cuts
+from gpudbn.mpi.replica import Asynchronous, Link
+from gpudbn.mpi.rules import Rule
+from gpudbn.mpi.server import LEAVE, MEET, Server, Store, cuts, rooms
 from gpudbn.mpi.staged import ANSWER
 from gpudbn.mpi.wire import Peer, Tally
 
@@ -112,14 +112,16 @@ class Job:
         self.ranks = replicas + 1
         self.messages = defaultdict(deque)  # by sender, receiver and tag
         self.states = None
-        self.server = Server(FakeWire(self, 0), FakeWire(self, 0), size, rule)
-        self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1), [FakeWire(self, rank)], size,
-                                      partial(staged.ReplicaEnd, asking=isinstance(rule, Compensated)), push=push)
+        self.store = Store(FakeWire(self, 0), size, rule)
+        self.server = Server(FakeWire(self, 0), [self.store])
+        end = partial(staged.ReplicaEnd, asking=self.store.rule.asks)
+        self.replicas = [Asynchronous(FakeWire(self, rank), FakeWire(self, rank).split(1),
+                                      [Link(FakeWire(self, rank), size, end, push=push)])
                          for rank in range(1, self.ranks)]
 
     def answer(self):
         for source, _, tag in [address for address, queue in self.messages.items() if queue and address[1] == 0]:
-            self.server._answer(source, tag)
+            self.server._answer(self.store, source, tag)
             self.server._settle()
 
     def begin(self, size):
@@ -130,7 +132,7 @@ class Job:
         return parameters, [own.copy() for own in parameters]
 
     def staleness(self):
-        staleness = self.server._header.staleness
+        staleness = self.store.header.staleness
         return np.flatnonzero(staleness).tolist(), staleness.sum()
 
 
@@ -143,7 +145,7 @@ def test_my_change_is_added_only_while_the_server_has_not_published_it(monkeypat
     assert (before == 5).all()
     assert job.server._take()
     assert not job.server._take()
-    assert (job.server._parameters == 5).all()
+    assert (job.store.parameters == 5).all()
 
     put = FakeWindow.put
     monkeypatch.setattr(FakeWindow, "put", lambda self, array, offset: (put(self, array, offset), job.server._take()))
@@ -151,7 +153,7 @@ def test_my_change_is_added_only_while_the_server_has_not_published_it(monkeypat
     one.exchange(p, before)  # the server is quick: the pull contains it
     assert (p == 7).all()
     assert (before == 7).all()
-    assert (job.server._parameters == 7).all()
+    assert (job.store.parameters == 7).all()
 
 
 def test_staleness_counts_the_changes_of_others(monkeypatch):
@@ -179,15 +181,15 @@ def test_several_full_mailboxes_are_taken_in_turns_and_published_once(monkeypatc
     def note(parameters, change, staleness):  # noqa: ARG001
         order.append(int(change[0]))
 
-    job = Job(monkeypatch, 3, 8, note)
+    job = Job(monkeypatch, 3, 8, Rule(note))
     p, before = job.begin(8)
     for _ in range(3):
         for one, own, old in zip(job.replicas, p, before, strict=True):
             own[:] = old + np.float32(10 + one.replica)
             one.exchange(own, old, fetch=False)
-        turn = int(job.server._end._turn[0])
+        turn = int(job.store.end._turn[0])
         assert job.server._take()
-        assert job.server._end._turn[0] == turn + 2
+        assert job.store.end._turn[0] == turn + 2
     assert order == [10, 11, 12, 11, 12, 10, 12, 10, 11]
 
 
@@ -195,13 +197,13 @@ def test_a_rule_gets_parameters_change_and_staleness(monkeypatch):
     def halve(parameters, change, staleness):
         parameters += change / (1 + staleness)
 
-    job = Job(monkeypatch, 2, 4, rule=halve)
+    job = Job(monkeypatch, 2, 4, rule=Rule(halve))
     (a, b), (p, before) = job.replicas, job.begin(4)
     for one in (a, b):
         p[one.replica] += 1
         one.exchange(p[one.replica], before[one.replica])
     job.server._take()
-    assert (job.server._parameters == 1.5).all()
+    assert (job.store.parameters == 1.5).all()
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 4_099])
@@ -211,6 +213,24 @@ def test_servers_share_out_a_vector_at_multiples_of_a_cache_line(size, servers):
     assert len(parts) == servers
     assert np.concatenate([np.arange(size)[part] for part in parts]).tolist() == list(range(size))
     assert all(part.start % 16 == 0 or part.start == size for part in parts)
+
+
+@pytest.mark.parametrize(("servers", "parts", "holders"), [
+    (1, 1, [[0]]), (3, 1, [[0, 1, 2]]), (1, 3, [[0], [0], [0]]), (2, 2, [[0], [1]]), (4, 2, [[0, 1], [2, 3]]),
+    (2, 3, [[0], [0, 1], [1]]), (3, 2, [[0, 1], [1, 2]]), (5, 3, [[0, 1], [1, 2, 3], [3, 4]])])
+def test_a_part_is_shared_out_among_the_servers_whose_range_meets_its_own(servers, parts, holders):
+    assert [list(rooms(1_000, servers, parts, part)) for part in range(parts)] == holders
+    total = dict.fromkeys(range(servers), 0)
+    for part in range(parts):
+        room = rooms(100_003, servers, parts, part)
+        for server, most in room.items():
+            total[server] += most
+        for size in (1, 17, 481, 99_999, 100_000, 100_002):  # smaller vectors never need more room
+            pieces = cuts(size, servers, parts, part)
+            assert sum(piece.stop - piece.start for piece in pieces) == size
+            assert all(piece.stop - piece.start <= most for piece, most in zip(pieces, room.values(), strict=True))
+    share = 100_003 * parts / servers
+    assert all(share <= most < share + 16 * (parts + 1) for most in total.values())
 
 
 def visible(states, generator):
@@ -292,9 +312,9 @@ def test_a_turn_is_applied_once_whoever_sends_it(monkeypatch):
     for replica, value, turn in ((0, 1, 7), (1, 2, 7), (1, 4, 8), (0, 8, 8), (0, 16, -1), (1, 32, -1)):
         push(job, replica, value, turn)
         assert job.server._take()
-    assert (job.server._parameters == 1 + 4 + 16 + 32).all()
-    assert job.server._header.version[0] == 4
-    assert job.server._refused.tolist() == [1, 1]
+    assert (job.store.parameters == 1 + 4 + 16 + 32).all()
+    assert job.store.header.version[0] == 4
+    assert job.store.refused.tolist() == [1, 1]
     p = np.empty(8, np.float32)
     for one in job.replicas:  # consumed all the same: nobody waits, or adds its own change to what is there
         one.links[0].end.drain()
@@ -313,8 +333,8 @@ def test_of_one_that_is_lost_a_whole_change_counts_and_nothing_afterwards(monkey
     link.push(np.full(8, 64, np.float32), None, 9)
     monkeypatch.setattr(FakeWindow, "put", put)
     for replica in (2, 1):
-        job.server._lose(replica, "died")
-    assert (job.server._parameters == 3).all()
+        job.server._lose(job.store, replica, "died")
+    assert (job.store.parameters == 3).all()
     assert "rank 2 on here (rank 2, process 102) died; 1 of 3 replicas go on" in capsys.readouterr().err
     put(link.end.window, np.ones(1, np.int64), link.end.layout.sequence + 8 * 2)  # it comes after all
     assert not job.server._take()
@@ -331,20 +351,20 @@ def test_one_that_sends_nan_is_refused_and_finds_out(monkeypatch, bad):
     a.exchange(p[0], before[0], fetch=False)
     b.exchange(p[1], before[1], fetch=False)
     assert job.server._take()
-    assert (job.server._parameters == 1).all()
+    assert (job.store.parameters == 1).all()
     assert job.server._hub.living == [1]
     with pytest.raises(NonFiniteError):
         a.links[0].end.drain()
     p[1] += 1e30  # its square is not finite, but the change is
     b.exchange(p[1], before[1], fetch=False)
     assert job.server._take()
-    assert (job.server._parameters > 9e29).all()
+    assert (job.store.parameters > 9e29).all()
 
 
 def test_the_last_one_cannot_leave(monkeypatch):
     job = Job(monkeypatch, 2, 8)
     job.begin(8)
     link = job.replicas[0].links[0]
-    job.server._lose(1, "died")
+    job.server._lose(job.store, 1, "died")
     assert link.ask(LEAVE, b"NaN") == b""
     assert job.server._hub.living == [0]

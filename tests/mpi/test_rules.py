@@ -9,8 +9,8 @@ import pytest
 
 from gpudbn import optimiser, reference
 from gpudbn.errors import UserError
-from gpudbn.mpi import join, replica, rules, server
-from gpudbn.mpi.rules import Compensated, Steps, add, from_settings
+from gpudbn.mpi import Plan, join, replica, rules, server
+from gpudbn.mpi.rules import Compensated, Rule, Steps, from_settings
 from gpudbn.mpi.server import Server
 from gpudbn.settings import Settings
 from tests.helpers import assert_close, assert_notices
@@ -35,13 +35,14 @@ def test_step_rules_at_the_server(monkeypatch, make, expected, by_staleness):
             p[one.replica] += 1
             one.exchange(p[one.replica], before[one.replica], fetch=False)
             job.server._take()
-            seen.append(float(job.server._parameters[0]))
+            seen.append(float(job.store.parameters[0]))
         assert_close([seen[0], seen[1] - seen[0]], expected, rtol=1e-6)
-        assert (job.server._parameters == job.server._parameters[0]).all()
+        assert (job.store.parameters == job.store.parameters[0]).all()
 
 
 def test_a_stale_change_counts_less():
     steps, p = Steps(partial(optimiser.SGD, decay=0), rate=0.5, by_staleness=True), np.zeros(3, np.float32)
+    steps.begin(p, 1)
     for staleness, expected in ((0, 0.5), (1, 1.0), (4, 1.125)):
         steps(p, np.ones(3, np.float32), staleness)
         assert_close(p, np.full(3, expected), atol=1e-7)
@@ -54,7 +55,9 @@ def test_a_change_may_come_as_activations():
     p = rng.random(23, np.float32)
     expected, squares = p.copy(), np.zeros_like(p)
     reference.cd_adagrad(expected, squares, np.empty_like(p), 5, 3, v, h, 7, model_weight=0.5, rate=0.1, decay=0)
-    Steps(partial(optimiser.Adagrad, decay=0), rate=0.2, by_staleness=True).activations(p, v, h, 7, 2, model_weight=0.5)
+    steps = Steps(partial(optimiser.Adagrad, decay=0), rate=0.2, by_staleness=True)
+    steps.begin(p, 1)
+    steps.activations(p, v, h, 7, 2, model_weight=0.5)
     assert np.array_equal(p, expected)
 
 
@@ -83,7 +86,7 @@ def check_compensation(monkeypatch):
         now = now + 0.5 * (change - correction)
         works_on[who] = now.copy() if fetch else works_on[who] + change
     assert late > 1e-2
-    assert_close(job.server._parameters, now, rtol=1e-5)
+    assert_close(job.store.parameters, now, rtol=1e-5)
 
 
 def test_a_late_change_is_compensated_for_where_the_parameters_have_gone(monkeypatch):
@@ -95,7 +98,7 @@ def test_a_late_change_is_compensated_for_where_the_parameters_have_gone(monkeyp
     (rules, "self._bases[replica][...] = parameters", "pass"),
     (rules, "xp.subtract(base, parameters, out=work)", "xp.subtract(parameters, base, out=work)"),
     (rules, "square *= self.KEEP", "pass"),
-    (server, "self.rule.pulled(replica, self._parameters)", "pass"),
+    (server, "self.rule.pulled(replica, self.parameters)", "pass"),
     (server, "self._take()  # what", "pass  # what"),
 ])
 def test_another_compensation_is_noticed(monkeypatch, module, line, fault):
@@ -107,7 +110,7 @@ def test_the_scale_of_changes_does_not_matter_to_compensation():
     start, change = (rng.standard_normal(7).astype(np.float32) for _ in range(2))
     found = []
     for scale in (1.0, 2.0**-20):
-        rule = Compensated(add, strength=2.0)
+        rule = Compensated(Rule(), strength=2.0)
         rule.begin(start, 1)
         p = np.zeros(7, np.float32)
         rule(p, change * np.float32(scale), 1, replica=0)
@@ -125,6 +128,7 @@ def test_settings_make_rules(rule, staleness):
         assert found.strength == 2
         found = found.rule
     p, change = np.zeros(3, np.float32), np.full(3, 4, np.float32)
+    found.begin(p, 1)
     second = 0.5 if staleness == "divide" else 1  # comes late
     steps = {"sgd": (1, second), "momentum": (1, 0.5 + second), "adagrad": (0.25, 0.25 / np.sqrt(2) * second)}[rule]
     for step, late in zip(steps, (1, 2), strict=True):
@@ -134,8 +138,8 @@ def test_settings_make_rules(rule, staleness):
 
 
 def test_plain_adding_stays_plain():
-    assert from_settings(Settings()) is add
-    assert from_settings(Settings(staleness="divide")) is not add
+    assert type(from_settings(Settings())) is Rule
+    assert type(from_settings(Settings(staleness="divide"))) is Steps
 
 
 def test_where_servers_make_the_steps_those_of_replicas_are_plain():
@@ -169,7 +173,7 @@ def check_resumed(settings, servers=2, size=37):
     changes = [rng.standard_normal(size).astype(np.float32) for _ in range(6)]
 
     def run(wire, state=None, start=None, first=0):
-        exchange = join(wire, "async", size, from_settings(settings), servers)
+        exchange = join(wire, Plan("async", rule=partial(from_settings, settings), servers=servers), size)
         if isinstance(exchange, Server):
             return exchange.serve()
         p = np.zeros(size, np.float32) if start is None else start.copy()
@@ -205,12 +209,12 @@ def test_what_servers_keep_is_kept_by_a_checkpoint(options, names):
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (replica, "name: array[part] for", "name: array[: part.stop - part.start] for"),
     (server, "self.wire.recv(array, replica + 1, RESTORE)", "self.wire.recv(array.copy(), replica + 1, RESTORE)"),
-    (rules, "self._parameters, self._rule = parameters, self.make(parameters)", "self._rule = self.make(parameters)"),
 ])
 def test_what_is_not_taken_up_again_is_noticed(module, line, fault):
     assert_notices(lambda: check_resumed(Settings(server_rule="adagrad")), module, line, fault)
 
 
 def test_nothing_is_kept_of_a_rule_that_keeps_nothing():
-    assert rules.state_of(add, np.zeros(3, np.float32)) == {}
-    assert from_settings(Settings(server_rate=0.5)).state(np.zeros(3, np.float32)) == {}
+    for rule in (Rule(), from_settings(Settings(server_rate=0.5))):
+        rule.begin(np.zeros(3, np.float32), 1)
+        assert rule.state() == {}

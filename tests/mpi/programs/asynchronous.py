@@ -3,11 +3,12 @@
 import json
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
-from gpudbn.mpi import connect
-from gpudbn.mpi.rules import add
+from gpudbn.mpi import Plan, connect
+from gpudbn.mpi.rules import Rule, add
 from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import guarded
 from tests.mpi import fakegpu
@@ -92,10 +93,10 @@ def phases(exchange):
                 assert all(other.tobytes() == parameters.tobytes() for other in everyone)
     refused = ""
     try:
-        exchange.begin(np.zeros(4_100, np.float32))
+        exchange.begin(np.zeros(5_000, np.float32))
     except ValueError as error:
         refused = str(error)
-    assert "at most 4099" in refused
+    assert "must be of a size for which there is room" in refused
 
 
 def contention(exchange, size=1_000_003, pushes=120):
@@ -181,7 +182,7 @@ def idle(exchange, seconds=2.0):
         assert exchange.report()["seconds"]["waiting"] > 0.8 * seconds
 
 
-def slow_rule(parameters, change, staleness):
+def slow(parameters, change, staleness):
     time.sleep(0.005)
     add(parameters, change, staleness)
 
@@ -189,11 +190,11 @@ def slow_rule(parameters, change, staleness):
 def main():
     what = sys.argv[1]
     servers = int(sys.argv[3])
-    exchange = connect("async", 1_000_003 if what in ("contention", "single_copy", "waits") else 4_099,
-                       rule=slow_rule if what == "own_writes" else None, servers=servers,
-                       overlap=sys.argv[4] == "on")
+    plan = Plan("async", rule=partial(Rule, slow if what == "own_writes" else add), servers=servers,
+                overlap=sys.argv[4] == "on")
+    exchange = connect(plan, 1_000_003 if what in ("contention", "single_copy", "waits") else 4_099)
     if what == "single_copy":
-        ends = [exchange._end] if isinstance(exchange, Server) else [link.end for link in exchange.links]
+        ends = [exchange.stores[0].end] if isinstance(exchange, Server) else [link.end for link in exchange.links]
         for layout in (end.layout for end in ends):
             layout.copies[1] = layout.copies[0]
     if isinstance(exchange, Server):

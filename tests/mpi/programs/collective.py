@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from gpudbn.mpi import connect
+from gpudbn.mpi import Plan, connect
 from gpudbn.mpi.wire import guarded
 from tests.mpi import fakegpu
 
@@ -18,7 +18,7 @@ def blocks():
 
 
 def main():
-    exchange = connect("sync", 100)
+    exchange = connect(Plan("sync"), 100)
     me, replicas = exchange.replica, exchange.replicas
     assert exchange.chief == (me == 0)
     assert exchange.cuts_batches == (replicas > 1)

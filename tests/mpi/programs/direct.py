@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from gpudbn.arrays import to_cpu, to_gpu
-from gpudbn.mpi import connect
+from gpudbn.mpi import Plan, connect
 from gpudbn.mpi.server import Server, cuts
 from gpudbn.mpi.wire import guarded
 from tests import pretend_cupy
@@ -71,7 +71,7 @@ def main():
     sys.modules.setdefault("cupy", pretend_cupy.module())  # there already, in the pretend driver's memory
     device = pretend_cupy.device
     device.late_kernels = True
-    exchange = connect("async", LARGE, servers=servers, transport=transport, device="gpu")
+    exchange = connect(Plan("async", servers=servers, transport=transport, device="gpu"), LARGE)
     if isinstance(exchange, Server):
         report = exchange.serve()
         found = {name: report[name] for name in ("applied", "version", "staleness")}

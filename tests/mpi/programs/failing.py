@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from gpudbn.errors import NonFiniteError, UserError
-from gpudbn.mpi import connect, launch
+from gpudbn.mpi import Plan, connect, launch
 from gpudbn.mpi.server import Server
 from gpudbn.mpi.wire import guarded
 
@@ -34,7 +34,7 @@ def fail(me):
 def main():
     if mode == "early":
         fail(launch.world().rank)
-    exchange = connect("async" if mode == "async" else "sync", 10)
+    exchange = connect(Plan("async" if mode == "async" else "sync"), 10)
     if isinstance(exchange, Server):
         exchange.serve()
         return

@@ -26,8 +26,9 @@ import time
 import numpy as np
 
 from gpudbn.errors import NonFiniteError
-from gpudbn.mpi import connect, server
+from gpudbn.mpi import Plan, connect, server
 from gpudbn.mpi.replica import Link
+from gpudbn.mpi.rules import Rule
 from gpudbn.mpi.wire import Window, guarded
 
 options = {"kill": {}, "stop": {}, "nan": {}, "slow": {}, "pace": 0.0, "server": None, "epochs": 3, "each": 12,
@@ -53,14 +54,14 @@ def whole(values, servers):
     return all(part[:-1].sum(dtype=np.float64) == part[-1] for part in parts)
 
 
-class Rule:
+class Counting(Rule):
     """Adds, and counts changes that are not whole."""
 
     def __init__(self):
         self.changes = self.torn = 0
         self.which, self.after = options["server"] or (None, 0)
 
-    def __call__(self, parameters, change, staleness):  # noqa: ARG002
+    def __call__(self, parameters, change, staleness, replica=0):  # noqa: ARG002
         self.torn += not whole(change, 1)
         self.changes += 1
         if self.which == self.number and self.changes == self.after:
@@ -149,10 +150,10 @@ def say(kind, values):
 
 
 def main():
-    rule = Rule()
-    exchange = connect("async", options["size"], rule, servers=options["servers"],
-                       stopped_seconds=options["stopped_seconds"])
+    plan = Plan("async", servers=options["servers"], rule=Counting, stopped_seconds=options["stopped_seconds"])
+    exchange = connect(plan, options["size"])
     if isinstance(exchange, server.Server):
+        rule = exchange.stores[0].rule
         rule.number = exchange.world.rank
         statistics = exchange.serve()
         say("server", statistics | {"torn": rule.torn, "number": rule.number})
