@@ -20,6 +20,7 @@ from gpudbn.settings import FIELDS, Parser, Settings, checked, flag, from_toml, 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     from gpudbn.data import DataSet, Rows
     from gpudbn.dbn import DBN
+    from gpudbn.mpi.alone import Exchange
 
 PARTS = ("test", "validation", "train", "all")
 BLOCK = 1000  # rows that go through the network at once
@@ -41,6 +42,14 @@ def add_number(parser: argparse.ArgumentParser, name: str, text: str, default: i
     """An option that takes a whole number; what is none is refused by ``whole`` or the Settings' rule."""
     parser.add_argument(flag(name), type=reader(int), default=default, metavar="N",
                         help=text + ("" if default is None else f" (default: {default})"))
+
+
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    """--shards and --order, of commands that a model in several parts may serve."""
+    add_number(parser, "shards", "ranks that hold the model together, each a part of every layer", 1)
+    parser.add_argument("--order", default="fast", metavar="{fast,fixed}",
+                        help="fixed: sums in blocks of constant order, so that any number of shards gives the same "
+                             "bits on CPUs (slower; default: fast)")
 
 
 def whole(name: str, value: object, least: int, below: int | None = None) -> None:
@@ -71,9 +80,8 @@ def output(out: str, suffixes: Sequence[str]) -> Path:
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
-        check: Callable[[argparse.Namespace], None], action: Callable[[argparse.Namespace], int], *,
-        alone: bool = False) -> int:
-    """Read and check the command line, fix the BLAS threads, act; returns the exit code. ``alone`` refuses mpirun."""
+        check: Callable[[argparse.Namespace, int], None], action: Callable[[argparse.Namespace], int]) -> int:
+    """Read and check the command line and the number of ranks, fix the BLAS threads, act; returns the exit code."""
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,gpu}",
                         help="where to compute (default: auto, the GPU if there is one)")
     add_number(parser, "threads", "BLAS threads of a process (default: the cores it may use, shared out among the "
@@ -84,19 +92,17 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
         if found.model is None:
             raise UserError(f"{parser.prog}: must be given MODEL, the folder of a run or its model.safetensors; "
                             "got none. See --help")
-        for name in ("device", "threads", "seed"):
+        for name in ("device", "threads", "seed", "shards", "order"):
             if hasattr(found, name):
                 setattr(found, name, checked(FIELDS[name], getattr(found, name)))
-        check(found)
-        if alone and world is not None and world.size > 1:
-            raise UserError(f"{parser.prog}: must run as one process; got {world.size} ranks. "
-                            "Start it without mpirun, or with -n 1")
+        check(found, world.size if world else 1)
     except UserError as error:
         from gpudbn.mpi.wire import end
 
         return end(error)
     if "numpy" not in sys.modules:  # a program that calls main() has made its own choice
-        launch.limit_threads(found.threads, world.local_size if world else 1)
+        # a fixed order of sums includes those inside BLAS, which depend on the number of threads
+        launch.limit_threads(1 if found.order == "fixed" else found.threads, world.local_size if world else 1)
     from gpudbn.mpi.wire import guarded
 
     return guarded(lambda: action(found))
@@ -164,6 +170,30 @@ def load_data(settings: Settings, quiet: bool) -> tuple[DataSet, DataSet | None]
 # -- the model and its rows -----------------------------------------------------------------------
 
 
+def join(found: argparse.Namespace) -> Exchange:
+    """The other ranks: some for the rows, --shards for the model."""
+    from gpudbn.mpi import Plan, connect
+    from gpudbn.mpi.alone import Exchange
+
+    exchange = connect(Plan("sync", shards=found.shards), 0)
+    assert isinstance(exchange, Exchange)  # no server
+    return exchange
+
+
+def together(exchange: Exchange, action: Callable[[], Any]) -> Any:
+    """What the action returns: on the chief before the others, so that it may download. An error of one ends all."""
+    result = None
+    for chief in (True, False):
+        problem = None
+        if exchange.chief is chief:
+            try:
+                result = action()
+            except UserError as error:
+                problem = str(error)
+        exchange.agree(problem)
+    return result
+
+
 class Model(NamedTuple):
     """A trained model, the settings of its run if they are known, the run's folder, and a word on the device."""
 
@@ -173,8 +203,8 @@ class Model(NamedTuple):
     place: str
 
 
-def load_model(name: str, device: str) -> Model:
-    """The model in a run folder or a file, on the device; the settings are those beside it.
+def load_model(found: argparse.Namespace, exchange: Exchange) -> Model:
+    """MODEL, a run folder or a file, on the device; of a shard, its part. The settings are those beside it.
 
     Raises
     ------
@@ -183,17 +213,21 @@ def load_model(name: str, device: str) -> Model:
     """
     from gpudbn import dbn
     from gpudbn.arrays import choose_module
+    from gpudbn.precision import BLOCKS
 
-    path = Path(name).expanduser()
+    path = Path(found.model).expanduser()
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not (path / "model.safetensors").exists():
         if (path / "checkpoint.safetensors").exists():
             raise UserError(f"{path}: must be a finished run; got one without its model.safetensors yet. "
                             f"Finish it: python -m gpudbn.train --resume {path}")
         raise UserError(f"{path}: must be the folder of a run, or a model file; got a folder without model.safetensors")
-    world = launch.world()
-    xp, place = choose_module(device, world.local_rank if world else 0)
-    model = dbn.load(path, xp)
+    xp, place = choose_module(found.device, exchange.local_replica)
+    model = dbn.load(path, xp, exchange.shards)
+    if found.order == "fixed":
+        if xp.__name__ != "numpy":
+            raise UserError("--order: must be fast on a GPU; got fixed. Use --device cpu")
+        model.set_precision(BLOCKS)
     file = folder / "settings.toml"
     beside = (path.is_dir() or path.name == "model.safetensors") and file.is_file()
     return Model(model, Settings(**from_toml(file)) if beside else None, folder, place)

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpudbn.arrays import Array
-from gpudbn.dbn import DBN
-from gpudbn.errors import UserError
+from gpudbn.dbn import DBN, product
 from gpudbn.feed import Source
 from gpudbn.finetune import FinetunePhase
 from gpudbn.settings import Settings
@@ -40,9 +39,6 @@ class AutoencoderPhase(FinetunePhase):
     measures = ("loss", "squared_error")
 
     def __init__(self, dbn: DBN, settings: Settings, *, rows: int) -> None:
-        if dbn.shards.count > 1:
-            raise UserError(f"--finetune: must be classifier where layers are cut; got autoencoder and "
-                            f"{dbn.shards.count} shards")
         net = dbn.autoencoder if dbn.autoencoder is not None else dbn.new_autoencoder(settings.code)
         self._build(dbn, settings, net, [*dbn.sizes, *reversed(dbn.sizes[:-1])], rows)
         self.code = len(dbn.layers)  # its level
@@ -72,12 +68,9 @@ class AutoencoderPhase(FinetunePhase):
     def _keep(self, level: int) -> float:
         return 1.0 if level == self.code and self.linear else super()._keep(level)
 
-    def _columns(self, level: int) -> dict[str, int]:  # noqa: ARG002
-        return {}
-
     def _activate(self, level: int, out: Array, inputs: Array) -> None:
         if level == self.code and self.linear:
-            self.xp.matmul(inputs, self.net[f"W{level - 1}"], out=out)
+            product(out, inputs, self.net[f"W{level - 1}"], self.precision)
             out += self.net[f"c{level - 1}"]
         else:
             super()._activate(level, out, inputs)

@@ -9,6 +9,9 @@ The safetensors header holds one string, ``gpudbn``, a JSON object
     {"format": 1, "kind": "model" or "checkpoint", "crc32": ..., "meta": {...}}
 
 whose sum covers the metadata and every array's name, type, shape and bytes.
+
+Arrays go to the disk and come from it a piece at a time: of one that is cut among ranks (``shards.Pieces``) nobody
+holds more than that, and a reader keeps only the part it asked for, though it checks the sum of all.
 """
 
 from __future__ import annotations
@@ -19,23 +22,30 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from gpudbn.arrays import Array, all_finite, to_cpu
 from gpudbn.errors import UserError
+from gpudbn.shards import Pieces
 
 FORMAT = 1
 KINDS = {"model": "gpudbn.predict, gpudbn.sample and gpudbn.evaluate read models",
          "checkpoint": "gpudbn.train --resume reads checkpoints"}
-TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-         "float16", "float32", "float64")
+_TYPES = {"BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64",  # what safetensors calls them
+          **{f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint"))
+             for bits in (8, 16, 32, 64)}}
+_NAMES = {ours: theirs for theirs, ours in _TYPES.items()}
+TYPES = tuple(_NAMES)
+Table = list[tuple[str, np.dtype, tuple[int, ...]]]  # name, type and shape of every array, in order of name
+Part = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # what to keep of an array, by name and shape
+AT_ONCE = 1 << 22  # bytes of a piece
 TEMPORARY = ".gpudbn-*.tmp"  # what a killed process may leave in a folder
 
 _HINTS = {
@@ -65,8 +75,9 @@ def nearest(path: Path) -> str:
     return f". Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def write_atomically(path: Path | str, data: bytes) -> None:
-    """Put ``data`` into the file ``path``, or leave it as it was.
+@contextmanager
+def written_atomically(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write to that takes the name ``path`` at the end, or leaves what is there as it was.
 
     Raises
     ------
@@ -79,7 +90,7 @@ def write_atomically(path: Path | str, data: bytes) -> None:
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
@@ -96,15 +107,21 @@ def write_atomically(path: Path | str, data: bytes) -> None:
             os.close(folder)
 
 
-def write(path: Path | str, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Put ``data`` into the file ``path``, or leave it as it was. Errors as in ``written_atomically``."""
+    with written_atomically(path) as file:
+        file.write(data)
+
+
+def write(path: Path | str, arrays: Mapping[str, Array | Pieces], meta: Mapping[str, Any]) -> None:
     """Write named arrays and metadata to one file, atomically.
 
     Parameters
     ----------
     path : path
         The folder must exist.
-    arrays : mapping from name to array
-        Numbers of any shape, NumPy or CuPy; see ``TYPES``. Not modified.
+    arrays : mapping from name to array, or to pieces of one
+        Numbers of any shape, NumPy or CuPy; see ``TYPES``. Not modified. Taken in order of name.
     meta : mapping
         ``meta["kind"]`` is "model" or "checkpoint"; the rest is whatever JSON can hold. NumPy
         scalars and arrays become numbers and lists, tuples become lists. Not modified.
@@ -117,60 +134,169 @@ def write(path: Path | str, arrays: Mapping[str, Array], meta: Mapping[str, Any]
     kind = meta.get("kind")
     if kind not in KINDS:
         raise ValueError(f"checkpoint.write: meta['kind'] must be one of {', '.join(KINDS)}; got {kind!r}")
-    ready = {}
-    for name, array in arrays.items():
-        array = np.asarray(to_cpu(array), order="C")  # safetensors writes the memory as it lies, strides or not
-        if array.dtype.name not in TYPES:
-            raise TypeError(f"checkpoint.write: {name} must be an array of numbers; got {array.dtype}")
-        ready[name] = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    table = []
+    for name in sorted(arrays):
+        dtype = np.dtype(arrays[name].dtype)
+        if dtype.name not in TYPES:
+            raise TypeError(f"checkpoint.write: {name} must be an array of numbers; got {dtype}")
+        table.append((name, dtype, tuple(arrays[name].shape)))
     # once there and back, so that what is summed is what a reader will sum
     text = json.loads(json.dumps(dict(meta), default=_plain))
-    head = {"format": FORMAT, "kind": kind, "crc32": _sum(ready, text), "meta": text}
-    write_atomically(path, safetensors.numpy.save(ready, {"gpudbn": json.dumps(head)}))
+    head = {"format": FORMAT, "kind": kind, "crc32": 0xFFFFFFFF, "meta": text}
+    total = _begin_sum(table, text)
+    with written_atomically(path) as file:
+        room = len(_header(table, head, 0))
+        file.write(bytes(room))  # until the sum is known
+        for name, dtype, _ in table:
+            for piece in _pieces(arrays[name], dtype):
+                total = zlib.crc32(piece, total)
+                file.write(piece)
+        file.seek(0)
+        file.write(_header(table, {**head, "crc32": total}, room))
+
+
+def _pieces(array: Array | Pieces, dtype: np.dtype) -> Iterator[memoryview]:
+    """The bytes of an array, little-endian and row by row."""
+    for piece in array.pieces() if isinstance(array, Pieces) else (to_cpu(array),):
+        flat = np.ascontiguousarray(piece, dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        for lo in range(0, len(flat), AT_ONCE):
+            yield flat[lo : lo + AT_ONCE].data
+
+
+def _header(table: Table, head: Mapping[str, Any], room: int) -> bytes:
+    """The beginning of a file: at least ``room`` bytes, which spaces fill, and a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"gpudbn": json.dumps(head)}}
+    at = 0
+    for name, dtype, shape in table:
+        end = at + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    size = max(room - 8, -(-len(text) // 8) * 8)
+    return size.to_bytes(8, "little") + text.ljust(size)
+
+
+class Reader:
+    """A file made by ``write``, to be read whole or in part.
+
+    Attributes
+    ----------
+    meta : dict
+    shapes : dict from name to shape
+        Of the whole arrays, in order of name.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or it is cut short, damaged, of another kind or of a newer format.
+    """
+
+    def __init__(self, path: Path | str, kind: str) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"checkpoint.read: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+        self.path, self.kind = Path(path), kind
+        _refuse_unreadable(self.path, kind)
+        with self._refusing():
+            with safetensors.safe_open(self.path, framework="np") as checked:  # its header is that of such a file
+                head = _head(self.path, kind, checked.metadata())
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(size))
+        self.meta, self._sum = head["meta"], head.get("crc32")
+        self._start = 8 + size
+        self._entries = {name: entries[name] for name in sorted(entries) if name != "__metadata__"}
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What a damaged file leads to in here becomes one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        # KeyError and its like: a damaged header that names a type or shape NumPy does not have
+        except (safetensors.SafetensorError, OSError, TypeError, KeyError, OverflowError, ValueError) as error:
+            raise UserError(f"{self.path}: must be a whole safetensors file; got one that is cut short or damaged "
+                            f"({str(error).splitlines()[0]}). Use another copy, or train again") from error
+
+    def read(self, part: Part | None = None) -> dict[str, np.ndarray]:
+        """The arrays by name, or parts of them; the file is read through once, whatever is kept.
+
+        Parameters
+        ----------
+        part : callable, optional
+            Gives for a name and a shape the slices to keep, of the first dimensions or none; None if it is not wanted.
+
+        Returns
+        -------
+        dict from name to numpy.ndarray
+            In order of name. Writable and yours.
+
+        Raises
+        ------
+        UserError
+            If the file is cut short or its sum differs, or if what is kept of a model holds NaN or infinity.
+        """
+        arrays = {}
+        with self._refusing(), self.path.open("rb") as file:
+            table = [(name, np.dtype(_TYPES[entry["dtype"]]), self.shapes[name])
+                     for name, entry in self._entries.items()]
+            total = _begin_sum(table, self.meta)
+            for name, dtype, shape in table:
+                file.seek(self._start + self._entries[name]["data_offsets"][0])
+                array, total = _take(file, dtype, shape, () if part is None else part(name, shape), total)
+                if array is not None:
+                    arrays[name] = array
+        if self._sum != total:
+            raise UserError(f"{self.path}: must be as it was written; got a file whose check sum differs. "
+                            "It is damaged: use another copy, or train again")
+        if self.kind == "model":
+            for name, array in arrays.items():
+                if array.dtype.kind == "f" and not all_finite(array):
+                    raise UserError(f"{self.path}: must hold finite numbers; got NaN or infinity in {name}. "
+                                    "Train again with a lower learning rate")
+        return arrays
 
 
 def read(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the metadata of a file made by ``write``.
+    """The arrays and the metadata of a file made by ``write``: as ``Reader`` gives them, and with its errors.
 
     Parameters
     ----------
     path : path
     kind : str
         "model" or "checkpoint".
-
-    Returns
-    -------
-    arrays : dict from name to numpy.ndarray
-        In order of name. Writable and yours.
-    meta : dict
-
-    Raises
-    ------
-    UserError
-        If there is no such file, or it is cut short, damaged, of another kind or of a newer
-        format, or if a model holds NaN or infinity.
     """
-    if kind not in KINDS:
-        raise ValueError(f"checkpoint.read: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    path = Path(path)
-    _refuse_unreadable(path, kind)
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            head = _head(path, kind, file.metadata())
-            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    # TypeError and its like: a damaged header that names a type or shape NumPy does not have
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"{path}: must be a whole safetensors file; got one that is cut short or damaged "
-                        f"({str(error).splitlines()[0]}). Use another copy, or train again") from error
-    if head.get("crc32") != _sum(arrays, head["meta"]):
-        raise UserError(f"{path}: must be as it was written; got a file whose check sum differs. "
-                        "It is damaged: use another copy, or train again")
-    if kind == "model":
-        for name, array in arrays.items():
-            if array.dtype.kind == "f" and not all_finite(array):
-                raise UserError(f"{path}: must hold finite numbers; got NaN or infinity in {name}. "
-                                "Train again with a lower learning rate")
-    return arrays, head["meta"]
+    reader = Reader(path, kind)
+    return reader.read(), reader.meta
+
+
+def _take(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], part: tuple[slice, ...] | None,
+          total: int) -> tuple[np.ndarray | None, int]:
+    """The array that begins here, or the part of it that is wanted; and the sum, continued."""
+    rows, *rest = shape or (1,)
+    out = None
+    if part is not None:
+        kept = [range(size)[cut] for size, cut in zip(shape, part, strict=False)]
+        out = np.empty([*map(len, kept), *shape[len(kept):]], dtype)
+    each = dtype.itemsize * prod(rest)
+    step = max(1, AT_ONCE // max(1, each))
+    for lo in range(0, rows if each else 0, step):
+        count = min(step, rows - lo)
+        data = file.read(count * each)
+        if len(data) < count * each:
+            raise ValueError("the file ends too early")
+        total = zlib.crc32(data, total)
+        if out is None:
+            continue
+        block = np.frombuffer(data, dtype.newbyteorder("<")).reshape(count, *rest)
+        if part:
+            first, end = max(lo, kept[0].start), min(lo + count, kept[0].stop)
+            if first < end:
+                out[first - kept[0].start : end - kept[0].start] = block[(slice(first - lo, end - lo), *part[1:])]
+        else:
+            out.reshape(rows, *rest)[lo : lo + count] = block
+    return out, total
 
 
 def _refuse_unreadable(path: Path, kind: str) -> None:
@@ -210,14 +336,10 @@ def _head(path: Path, kind: str, metadata: Mapping[str, str] | None) -> dict[str
     return head
 
 
-def _sum(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> int:
-    """CRC-32 over the metadata and the arrays in order of name."""
-    names = sorted(arrays)
-    table = [[name, arrays[name].dtype.name, list(arrays[name].shape)] for name in names]
-    total = zlib.crc32(json.dumps([table, meta], sort_keys=True).encode())
-    for name in names:
-        total = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, total)
-    return total
+def _begin_sum(table: Table, meta: Mapping[str, Any]) -> int:
+    """CRC-32 over the metadata and what is known of the arrays; their bytes follow in order of name."""
+    known = [[name, dtype.name, list(shape)] for name, dtype, shape in table]
+    return zlib.crc32(json.dumps([known, meta], sort_keys=True).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters
 from gpudbn.precision import BLOCKS
 from gpudbn.rbm import RBM
-from gpudbn.shards import WHOLE, Shards
+from gpudbn.shards import WHOLE, Pieces, Shards, go_along
 from gpudbn.twins import twins_of
 
 
@@ -38,10 +38,22 @@ def classifier_shapes(sizes: Sequence[int], classes: int, shards: Shards = WHOLE
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
 
 
-def autoencoder_shapes(sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stack unrolled, up and down again: all weights W0, W1, ... first, then all biases."""
-    pairs = list(itertools.pairwise([*sizes, *reversed(sizes[:-1])]))
+def autoencoder_shapes(sizes: Sequence[int], shards: Shards = WHOLE) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stack unrolled, up and down again: all weights W0, W1, ... first, then all biases.
+
+    A shard has its columns of the weights upward, and downward the rows that belong to the same units.
+    """
+    up = [(n, len(range(m)[shards.mine(m)])) for n, m in itertools.pairwise(sizes)]
+    pairs = [*up, *((m, n) for n, m in reversed(up))]
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
+
+
+def product(out: Array, a: Array, b: Array, precision: str) -> None:
+    """out <- a b, where nothing has to be added up between shards; ``precision`` as in ``Shards.product_``."""
+    if precision == BLOCKS:
+        twins_of(out).product(out, a, b, BLOCKS)
+    else:
+        module_of(out, a, b).matmul(a, b, out=out)
 
 
 def threshold(v: Array) -> Array:
@@ -82,6 +94,12 @@ class DBN:
         self.sizes = [int(s) for s in sizes]
         self.shards = shards
         self.layers = [RBM(n, m, xp, shards) for n, m in itertools.pairwise(self.sizes)]
+        # where layers are cut: along which dimension an array is, and the layer whose units these are
+        self._cuts: dict[str, tuple[int, RBM]] = {}
+        for i, rbm in enumerate(self.layers):
+            self._cuts |= {f"layers.{i}.W": (1, rbm), f"layers.{i}.c": (0, rbm)}
+            self._cuts |= {f"{net}.{name}": (dimension, rbm) for net in ("classifier", "autoencoder")
+                           for name, dimension in ((f"W{i}", 1), (f"c{i}", 0), (f"W{2 * len(self.layers) - 1 - i}", 0))}
         self.classifier: Parameters | None = None
         self.autoencoder: Parameters | None = None
         self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
@@ -94,6 +112,11 @@ class DBN:
         self.about["precision"] = "fp32" if precision == BLOCKS else precision
         for rbm in self.layers:
             rbm.precision = precision
+
+    @property
+    def sums(self) -> str:
+        """The precision of what was fine-tuned: never what tensor cores multiply."""
+        return BLOCKS if self.layers[0].precision == BLOCKS else "fp32"
 
     @property
     def xp(self) -> ModuleType:
@@ -189,6 +212,21 @@ class DBN:
             h = self._mine(self.layers[layer - 1], v)
         return self.layers[0].visible_given_hidden(h)
 
+    def filters(self, layer: int, at_most: int = 2000) -> Array:
+        """What the first hidden units of a layer respond to: the product of the weights from the data up to them.
+
+        Array (n, units), float32, the same on each shard.
+        """
+        xp, top = self.xp, self.layers[layer]
+        x = xp.zeros((top.n, min(top.m, at_most)), np.float32)
+        here = x[:, top.mine]
+        here[...] = top.W[:, : here.shape[1]]
+        self.shards.sum_(x)
+        for rbm in reversed(self.layers[:layer]):
+            rows, x = xp.ascontiguousarray(x[rbm.mine]), xp.empty((rbm.n, x.shape[1]), np.float32)
+            self.shards.product_(x, rbm.W, rows)
+        return x
+
     # -- the classifier ---------------------------------------------------------------------------
 
     def new_classifier(self, classes: int) -> Parameters:
@@ -217,10 +255,10 @@ class DBN:
         top = len(self.layers)
         for i, rbm in enumerate(self.layers):
             y = self.xp.empty((len(x), rbm.width), np.float32)
-            twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"])
+            twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"], precision=self.sums)
             x = self.shards.gather(y, rbm.m) if i + 1 < top else y
-        logits = x @ net[f"W{top}"]
-        self.shards.sum_(logits)
+        logits = self.xp.empty((len(x), self.about["classes"]), np.float32)
+        self.shards.product_(logits, x, net[f"W{top}"], self.sums)
         twins.categorical(None, logits, logits, net[f"c{top}"], logits.shape[1])
         return logits
 
@@ -234,15 +272,16 @@ class DBN:
         """The layers' weights upward, then transposed downward; kept in ``autoencoder``.
 
         A linear code x begins as the tangent at 0 of what it replaces, 1/2 + x/4, which the way down takes in.
-        Not for a stack in several shards.
         """
-        net, depth = Parameters(autoencoder_shapes(self.sizes), self.xp), len(self.layers)
+        net, depth = Parameters(autoencoder_shapes(self.sizes, self.shards), self.xp), len(self.layers)
         for i, rbm in enumerate(self.layers):
             net[f"W{i}"][...], net[f"c{i}"][...] = rbm.W, rbm.c
             net[f"W{2 * depth - 1 - i}"][...], net[f"c{2 * depth - 1 - i}"][...] = rbm.W.T, rbm.b
         if code == "linear":
             W = net[f"W{depth}"]
-            net[f"c{depth}"][...] += W.sum(axis=0) / 2
+            below = self.xp.empty((1, W.shape[1]), np.float32)
+            self.shards.product_(below, self.xp.full((1, len(W)), 0.5, np.float32), W, self.sums)
+            net[f"c{depth}"][...] += below[0]
             W[...] = W / 4
         self.autoencoder = net
         self.about["code"] = code
@@ -266,67 +305,79 @@ class DBN:
         if net is None:
             raise UserError("autoencoder: must be a model fine-tuned as one; got one that was not. "
                             "Train with --finetune autoencoder")
+        twins, depth = twins_of(x), len(self.layers)
         for i in range(first, end):
             W, c = net[f"W{i}"], net[f"c{i}"]
             y = xp.empty((len(x), c.size), np.float32)
-            if i == len(self.layers) - 1 and self.about["code"] == "linear":
-                xp.matmul(x, W, out=y)
+            if i >= depth and (self.shards.count > 1 or self.sums == BLOCKS):
+                self.shards.product_(y, self._mine(self.layers[2 * depth - 1 - i], x), W, self.sums)
+                twins.activate(None, y, y, c)
+            elif i == depth - 1 and self.about["code"] == "linear":
+                product(y, x, W, self.sums)
                 y += c
             else:
-                twins_of(x).half_step(None, y, x, W, c)
-            x = y
+                twins.half_step(None, y, x, W, c, precision=self.sums)
+            x = self.shards.gather(y, self.layers[i].m) if i < depth else y
         return x
 
     # -- files ------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[str, Array, tuple[slice, ...], tuple[int, ...]]]:
-        """Everything learned: name, the array that is here, what it is of the whole one, the whole one's shape."""
-        everything = slice(None)
+    def _learned(self) -> Iterator[tuple[str, Array]]:
+        """Everything learned that is here, by name."""
         for i, rbm in enumerate(self.layers):
-            yield f"layers.{i}.W", rbm.W, (everything, rbm.mine), (rbm.n, rbm.m)
-            yield f"layers.{i}.b", rbm.b, (everything,), (rbm.n,)
-            yield f"layers.{i}.c", rbm.c, (rbm.mine,), (rbm.m,)
-        if self.classifier is not None:
-            classes = self.classifier[f"c{len(self.layers)}"].size
-            sizes, mine = [*self.sizes, classes], [everything, *(rbm.mine for rbm in self.layers), everything]
-            for name, array in ((name, self.classifier[name]) for name in self.classifier):
-                i = int(name[1:])
-                # the softmax layer is cut by rows
-                rows, columns = (mine[i] if i == len(self.layers) else everything), mine[i + 1]
-                if name[0] == "W":
-                    yield f"classifier.{name}", array, (rows, columns), (sizes[i], sizes[i + 1])
-                else:
-                    yield f"classifier.{name}", array, (columns,), (sizes[i + 1],)
-        if self.autoencoder is not None:
-            for name in self.autoencoder:
-                array = self.autoencoder[name]
-                yield f"autoencoder.{name}", array, (everything,) * array.ndim, array.shape
+            yield from ((f"layers.{i}.{name}", rbm.parameters[name]) for name in rbm.parameters)
+        for kind, net in (("classifier", self.classifier), ("autoencoder", self.autoencoder)):
+            if net is not None:
+                yield from ((f"{kind}.{name}", net[name]) for name in net)
+
+    def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Which part of a whole array of that name and shape is here."""
+        if name not in self._cuts or self.shards.count == 1:
+            return ()
+        dimension, rbm = self._cuts[name]
+        if shape[dimension : dimension + 1] != (rbm.m,):
+            raise UserError(f"model: must hold {name} of {rbm.m} hidden units; got shape {shape}. "
+                            "Is it from another run?")
+        return (*[slice(None)] * dimension, rbm.mine)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ..., autoencoder.W0."""
         found = {}
-        for name, array, cut, shape in self._places():
-            axis = next((i for i, part in enumerate(cut) if part != slice(None)), None)
+        for name, array in self._learned():
             whole = to_cpu(array)
-            if axis is not None and self.shards.count > 1:
-                moved = np.ascontiguousarray(np.moveaxis(whole, axis, -1))
-                whole = np.moveaxis(self.shards.gather(moved, shape[axis]), -1, axis)
+            if name in self._cuts and self.shards.count > 1:
+                dimension, rbm = self._cuts[name]
+                moved = np.ascontiguousarray(np.moveaxis(whole, dimension, -1))
+                whole = np.moveaxis(self.shards.gather(moved, rbm.m), -1, dimension)
             found[name] = whole
         return found
 
-    def set_arrays(self, found: dict[str, np.ndarray]) -> None:
-        """Take back what ``arrays`` gave; sizes must be the same."""
-        if any(name.startswith("classifier.") for name in found):
-            self.new_classifier(found[f"classifier.c{len(self.layers)}"].shape[0])
-        if any(name.startswith("autoencoder.") for name in found):
-            self.new_autoencoder()
-        places = list(self._places())
-        for name, _, _, shape in places:
-            if name not in found or found[name].shape != shape:
-                got = f"shape {found[name].shape}" if name in found else "none"
-                raise UserError(f"model: must hold {name} of shape {shape}; got {got}. Is it from another run?")
-        for name, array, cut, _ in places:
-            array[...] = self.xp.asarray(found[name][cut])
+    def pieces(self) -> dict[str, np.ndarray | Pieces]:
+        """What ``arrays`` gives, for a file: what is cut comes together only as it is written (``go_along``)."""
+        found: dict[str, np.ndarray | Pieces] = {}
+        for name, array in self._learned():
+            if name in self._cuts and self.shards.count > 1:
+                dimension, rbm = self._cuts[name]
+                together = self.shards.columns if dimension == array.ndim - 1 else self.shards.rows
+                found[name] = together(array, rbm.m)
+            else:
+                found[name] = to_cpu(array)
+        return found
+
+    def set_arrays(self, found: dict[str, np.ndarray], *, whole: bool = True) -> None:
+        """Take back what ``arrays`` gave, or, if not ``whole``, the parts of it that are here; of the same sizes."""
+        for kind, make in (("classifier", self.new_classifier), ("autoencoder", lambda _: self.new_autoencoder())):
+            biases = found.get(f"{kind}.c{len(self.layers)}")
+            if biases is not None:
+                make(biases.shape[0])
+        for name, array in self._learned():
+            got = found.get(name)
+            if got is not None and whole:
+                got = got[self.part(name, got.shape)]
+            if got is None or got.shape != array.shape:
+                raise UserError(f"model: must hold {name} of shape {array.shape}; got "
+                                f"{'none' if got is None else f'shape {got.shape}'}. Is it from another run?")
+            array[...] = self.xp.asarray(got)
 
     def about_file(self) -> dict[str, Any]:
         """The metadata of a model file."""
@@ -334,11 +385,14 @@ class DBN:
 
     def save(self, path: str | Path) -> None:
         """Write a model file (safetensors), atomically. Errors as in ``checkpoint.write``."""
-        checkpoint.write(path, self.arrays(), self.about_file())
+        if self.shards.index:
+            go_along(self.pieces())
+        else:
+            checkpoint.write(path, self.pieces(), self.about_file())
 
 
-def load(path: str | Path, xp: ModuleType = np) -> DBN:
-    """A saved model: a file, or a run folder with ``model.safetensors`` in it.
+def load(path: str | Path, xp: ModuleType = np, shards: Shards = WHOLE) -> DBN:
+    """A saved model: a file, or a run folder with ``model.safetensors`` in it; of a shard, its part.
 
     Raises
     ------
@@ -346,15 +400,15 @@ def load(path: str | Path, xp: ModuleType = np) -> DBN:
         If the file is missing, cut short, of a newer format or not a model.
     """
     path = Path(path)
-    with suppress(OSError):  # a folder that may not be entered: ``read`` says so
+    with suppress(OSError):  # a folder that may not be entered: ``Reader`` says so
         path = path / "model.safetensors" if path.is_dir() else path
-    found, about = checkpoint.read(path, kind="model")
+    file = checkpoint.Reader(path, kind="model")
+    about = dict(file.meta)
     try:
-        dbn = DBN(about.pop("sizes"), xp)
-        dbn.set_arrays(found)
+        dbn = DBN(about.pop("sizes"), xp, shards)
+        dbn.set_arrays(file.read(dbn.part), whole=False)
         dbn.about |= {k: v for k, v in about.items() if k != "kind"}
         dbn.set_precision(dbn.about["precision"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: must be a gpudbn model; got metadata without {error}") from None
     return dbn
-

@@ -5,7 +5,9 @@
 Bengio et al. (2007), section 2.3 and algorithm 3 of the talk; dropout as in Srivastava et al.
 (2014), section 4, scaled in training so that prediction needs no change. Gradients point uphill,
 towards lower cross-entropy. Generic over NumPy and CuPy, and over layers in one or several parts
-(``shards.py``): activations are gathered on the way up, logits and errors summed.
+(``shards.py``): activations are gathered on the way up, logits and errors summed. Of what follows the stack (a
+softmax layer, or an autoencoder's way down) a shard has the rows of its units: there sums cross on the way up, and
+errors are gathered.
 
 With ``--optimiser lbfgs`` or ``cg`` an update is some line searches on its batch (``batch.py``), which is large and
 goes through the network block by block; what is dropped out stays the same within an update.
@@ -19,7 +21,7 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.batch import Arrays, Minimiser
-from gpudbn.dbn import DBN, threshold
+from gpudbn.dbn import DBN, product, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
 from gpudbn.memory import AT_ONCE_ROWS
@@ -27,6 +29,7 @@ from gpudbn.optimiser import Adagrad, Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
 from gpudbn.precision import BLOCKS
 from gpudbn.pretrain import Phase, Piece
+from gpudbn.rbm import RBM
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.twins import twins_of
 
@@ -65,13 +68,13 @@ class FinetunePhase(Phase):
     def __init__(self, dbn: DBN, classes: int, settings: Settings, *, rows: int) -> None:
         fits = dbn.classifier is not None and dbn.classifier[f"c{len(dbn.layers)}"].size == classes
         net = dbn.classifier if dbn.classifier is not None and fits else dbn.new_classifier(classes)
-        # level 0 is the data, level l the hidden units of layer l that are here, the last the logits
-        self._build(dbn, settings, net, [dbn.sizes[0], *(rbm.width for rbm in dbn.layers), classes], rows)
+        self._build(dbn, settings, net, [*dbn.sizes, classes], rows)
 
-    def _build(self, dbn: DBN, settings: Settings, net: Parameters, widths: list[int], rows: int) -> None:
-        """Room for a network with these units a level, the data and the output among them."""
+    def _build(self, dbn: DBN, settings: Settings, net: Parameters, units: list[int], rows: int) -> None:
+        """Room for a network with these units a level: level 0 is the data, the last the output."""
         self.dbn, self.settings, self.xp, self.shards = dbn, settings, dbn.xp, dbn.shards
-        self.net, self.depth = net, len(widths) - 2
+        self.net, self.units, self.depth = net, units, len(units) - 2  # levels 1 to depth are hidden
+        self.stack = len(dbn.layers)  # levels up to this one are those of the stack
         self.parameters = self.net.flat
         self.exchanged = self.parameters.size
         self.weights = sum(self.net[f"W{i}"].size for i in range(self.depth + 1))
@@ -84,17 +87,28 @@ class FinetunePhase(Phase):
             self.total = self.xp.empty_like(self.parameters)
             self.minimiser = Minimiser(Arrays(self.parameters, self.total, self._objective), settings.optimiser,
                                        history=settings.history)
+        # in the levels of the stack there are a shard's own units, in those behind it all
+        widths = [units[0], *(rbm.width for rbm in dbn.layers), *units[self.stack + 1 :]]
         self.activations = [self.xp.empty((rows, width), np.float32) for width in widths]
         self.deltas = [self.xp.empty((rows, width), np.float32) for width in widths[1:]]
-        self.units = dbn.sizes[1:] if self.shards.count > 1 else widths[1:]  # of a level, here and elsewhere
-        # where layers are cut: all units of the levels that feed a layer, and errors that come down to them
-        cut = dbn.sizes[1:-1] if self.shards.count > 1 else []
+        self.crossing = self._crossing(rows)
         self.losses = self.xp.empty(rows, np.float32)
-        self.wholes = [self.xp.empty((rows, size), np.float32) for size in cut]
         self.twins = twins_of(self.parameters)
-        # never what tensor cores multiply
-        self.precision = BLOCKS if dbn.layers[0].precision == BLOCKS else "fp32"
+        self.precision = dbn.sums
         self.rate = 0.0
+
+    def _crossing(self, rows: int) -> dict[int, Array]:
+        """Where layers are cut, by level: what feeds the next one, all units in the stack and a shard's own behind it.
+
+        On the way back the errors that come down to them. Level ``stack`` has its own and feeds by them.
+        """
+        levels = [level for level in range(1, self.depth + 1) if level != self.stack] if self.shards.count > 1 else []
+        return {level: self.xp.empty((rows, self.units[level] if level < self.stack else self._below(level).width),
+                                     np.float32) for level in levels}
+
+    def _below(self, level: int) -> RBM:
+        """The layer whose hidden units a level has."""
+        return self.dbn.layers[level - 1 if level <= self.stack else 2 * self.stack - 1 - level]
 
     def state(self) -> dict[str, Array]:
         """What a checkpoint keeps besides the parameters. A batch optimiser begins anew with every batch."""
@@ -120,24 +134,29 @@ class FinetunePhase(Phase):
 
     def _columns(self, level: int) -> dict[str, int]:
         """Which units of a hidden level are here, for their draws."""
-        return self.dbn.layers[level - 1].columns
+        return self.dbn.layers[level - 1].columns if level <= self.stack else {}
 
-    def _forward(self, a: list[Array], wholes: list[Array], piece: Piece | None) -> list[Array]:
-        """Fill a[1:] from a[0]; the last become the logits without their bias. Dropout only if there is a piece.
+    def _forward(self, a: list[Array], crossing: dict[int, Array], piece: Piece | None) -> list[Array]:
+        """Fill a[1:] from a[0]; the last become the output without its bias. Dropout only if there is a piece.
 
-        Returns what feeds each layer: all units of the level below, in ``wholes`` where layers are cut.
+        Returns what feeds each layer, in ``crossing`` where layers are cut.
         """
         inputs = [a[0]]
         if piece is not None:
             self._drop(a[0], 0, piece)
-        for i in range(self.depth):
-            self._activate(i + 1, a[i + 1], inputs[i])
+        for level in range(1, self.depth + 1):
+            self._activate(level, a[level], inputs[-1])
             if piece is not None:
-                self._drop(a[i + 1], i + 1, piece)
-            if i + 1 < self.depth:
-                inputs.append(self.shards.gather(a[i + 1], self.units[i], out=wholes[i] if wholes else None))
-        self.shards.product_(a[-1], a[-2], self.net[f"W{self.depth}"], self.precision)
-        return [*inputs, a[-2]]
+                self._drop(a[level], level, piece)
+            if level < self.stack:
+                inputs.append(self.shards.gather(a[level], self.units[level], out=crossing.get(level)))
+            elif level in crossing:
+                crossing[level][...] = a[level][:, self._below(level).mine]
+                inputs.append(crossing[level])
+            else:
+                inputs.append(a[level])
+        self.shards.product_(a[-1], inputs[-1], self.net[f"W{self.depth}"], self.precision)
+        return inputs
 
     def begin_turn(self) -> None:
         """Updates use the parameters where they are."""
@@ -153,34 +172,29 @@ class FinetunePhase(Phase):
         rows.take(piece.positions, a[0])
         if self.settings.binarise == "threshold":
             threshold(a[0])
-        wholes, targets = [x[:count] for x in self.wholes], self._targets(rows, piece.positions, a[0])
-        inputs = self._forward(a, wholes, piece)
+        crossing = {level: x[:count] for level, x in self.crossing.items()}
+        targets = self._targets(rows, piece.positions, a[0])
+        inputs = self._forward(a, crossing, piece)
         delta = self.deltas[-1][:count]
         self._compare(delta, losses, None, a[-1], targets)
         for i in range(self.depth, -1, -1):
-            W, dW = self.net[f"W{i}"], gradient[f"W{i}"]
-            if i == self.depth and self.precision == BLOCKS:  # the softmax layer is cut by rows
-                self._product(dW.T, delta.T, inputs[i])
+            W, dW, by_rows = self.net[f"W{i}"], gradient[f"W{i}"], i >= self.stack
+            if by_rows and self.precision == BLOCKS:
+                product(dW.T, delta.T, inputs[i], BLOCKS)
             else:
-                self._product(dW, inputs[i].T, delta)
+                product(dW, inputs[i].T, delta, self.precision)
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
             if i:
                 below = self.deltas[i - 1][:count]
-                if i == self.depth:  # its errors come to the units here
-                    self._product(below, delta, W.T)
-                elif wholes:
-                    self.shards.product_(wholes[i - 1], delta, W.T, self.precision)
-                    below[...] = wholes[i - 1][:, self.dbn.layers[i - 1].mine]
-                else:
-                    self.shards.product_(below, delta, W.T, self.precision)
+                if not by_rows:
+                    self.shards.product_(crossing.get(i, below), delta, W.T, self.precision)
+                    if i in crossing:
+                        below[...] = crossing[i][:, self._below(i).mine]
+                else:  # the errors of the units here
+                    product(crossing.get(i, below), delta, W.T, self.precision)
+                    if i in crossing:
+                        self.shards.gather(crossing[i], self.units[i], out=below)
                 delta = self._backward(below, a[i], i)
-
-    def _product(self, out: Array, a: Array, b: Array) -> None:
-        """out <- a b."""
-        if self.precision == BLOCKS:
-            self.twins.product(out, a, b, BLOCKS)
-        else:
-            self.xp.matmul(a, b, out=out)
 
     def _targets(self, rows: Source, positions: Any, x: Array) -> Array:  # noqa: ARG002
         """What the output is compared with, of rows whose data are ``x``: here their labels."""
@@ -192,8 +206,12 @@ class FinetunePhase(Phase):
 
     def _activate(self, level: int, out: Array, inputs: Array) -> None:
         """out <- the units of a level, from those below."""
-        self.twins.half_step(None, out, inputs, self.net[f"W{level - 1}"], self.net[f"c{level - 1}"],
-                             precision=self.precision)
+        W, c = self.net[f"W{level - 1}"], self.net[f"c{level - 1}"]
+        if level > self.stack and (self.crossing or self.precision == BLOCKS):
+            self.shards.product_(out, inputs, W, self.precision)
+            self.twins.activate(None, out, out, c)
+        else:
+            self.twins.half_step(None, out, inputs, W, c, precision=self.precision)
 
     def _backward(self, delta: Array, a: Array, level: int) -> Array:
         """delta, in place, from behind the units of a level to before them."""
@@ -240,7 +258,7 @@ class FinetunePhase(Phase):
         if self.settings.binarise == "threshold":
             threshold(x)
         a = [x] + [self.xp.empty((len(x), d.shape[1]), np.float32) for d in self.deltas]
-        self._forward(a, [self.xp.empty((len(x), w.shape[1]), np.float32) for w in self.wholes], None)
+        self._forward(a, self._crossing(len(x)), None)
         loss, second = (self.xp.empty(len(x), np.float32) for _ in range(2))
         self._compare(None, loss, second, a[-1], self._targets(rows, positions, x))
         return [loss.sum(dtype=np.float64), second.sum(dtype=np.float64)]

@@ -44,6 +44,7 @@ from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import RBM, new_chains
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
+from gpudbn.shards import Pieces, go_along
 from gpudbn.tracing import span
 from gpudbn.twins import twins_of, without_kernels
 
@@ -566,14 +567,14 @@ class Training:
 
     # -- stopping and going on --------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def state(self) -> tuple[dict[str, np.ndarray | Pieces], dict[str, Any]] | None:
         """Everything needed to go on as if never stopped: arrays and metadata. All replicas call it; the chief gets it.
 
         Parameters and, between synchronous replicas, velocities are the same everywhere; chains, and
-        the velocities of replicas on rows of their own, are collected from each.
+        the velocities of replicas on rows of their own, are collected from each. What shards hold comes in pieces,
+        which the other shards of the chief's replica give in here: it has to write them before all else.
         """
         self._look()
-        found = self.dbn.arrays()
         own: dict[str, np.ndarray] = {}
         if self.phase is not None:
             own = {f"phase.{name}": to_cpu(array) for name, array in self.phase.state().items()}
@@ -588,15 +589,25 @@ class Training:
             if self.best_parameters is not None:
                 own["phase.best"] = to_cpu(self.best_parameters)
         shards = self.dbn.shards
-        if shards.count > 1 and self.exchange.replica == 0:
-            own = {f"{name}#{part}": each for name, array in own.items()
-                   for part, each in enumerate(shards.collect(array) or [])}
-        if not self.exchange.chief:
+        if self.exchange.replica != self.exchange.living[0]:
             return None
-        return found | own, {"index": self.index, "epoch": self.epoch, "position": self.position,
-                             "updates": self.updates, "best": self.best, "seconds": self.seconds,
-                             "replicas": self.exchange.replicas, "shards_rows": self.exchange.shards_rows,
-                             "shards": shards.count}
+        found = self.dbn.pieces()
+        for name, array in own.items():
+            found |= {f"{name}#{part}": each for part, each in enumerate(shards.each(array))
+                      } if shards.count > 1 else {name: array}
+        if shards.index:
+            go_along(found)
+            return None
+        return found, {"index": self.index, "epoch": self.epoch, "position": self.position,
+                       "updates": self.updates, "best": self.best, "seconds": self.seconds,
+                       "replicas": self.exchange.replicas, "shards_rows": self.exchange.shards_rows,
+                       "shards": shards.count}
+
+    def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """Which part of a checkpoint's array is for this shard, or None: see ``checkpoint.Reader.read``."""
+        if not name.startswith("phase."):
+            return self.dbn.part(name, shape)
+        return () if name.partition("#")[2] in ("", str(self.dbn.shards.index)) else None
 
     def _collected(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
@@ -607,6 +618,8 @@ class Training:
 
     def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """Take up what ``state`` gave, on every replica, before ``run``. One that was lost then takes another's part.
+
+        Of replicas that are cut, each shard is given what ``part`` says.
 
         Raises
         ------
@@ -622,10 +635,9 @@ class Training:
                             f"replicas for a run with {was}. Use the same mpirun -n")
         self.index, self.epoch, self.position = meta["index"], meta["epoch"], meta["position"]
         self.updates, self.best, self.seconds = meta["updates"], meta["best"], meta["seconds"]
-        self.dbn.set_arrays({name: a for name, a in arrays.items() if not name.startswith("phase.")})
+        self.dbn.set_arrays({name: a for name, a in arrays.items() if not name.startswith("phase.")}, whole=False)
         kept: dict[str, np.ndarray] = {}
-        arrays = {name.partition("#")[0]: array for name, array in arrays.items()
-                  if name.partition("#")[2] in ("", str(part.index))}
+        arrays = {name.partition("#")[0]: array for name, array in arrays.items()}
         kept_of = {int(name.partition("@")[2]) for name in arrays if "@" in name}
         one = self.exchange.replica if self.exchange.replica in kept_of else min(kept_of, default=0)
         for name in sorted(arrays):

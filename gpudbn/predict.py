@@ -2,7 +2,8 @@
 
 Rows go through the network in blocks and results to the disk as they come, so data and output may be larger than
 memory. Files take their names when they are whole. Under ``mpirun`` the ranks take blocks in turn, and the first one
-writes them in order: the same bytes as from one process with as many BLAS threads.
+writes them in order: the same bytes as from one process with as many BLAS threads. With ``--shards`` so many ranks
+hold the model together, and what is then added up between them changes the last bits, but for ``--order fixed``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from gpudbn import _command
 from gpudbn.errors import UserError
+from gpudbn.mpi import check_ranks
 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     import numpy as np
@@ -35,7 +37,8 @@ FEW = 12  # classes of which a table of confusions is printed
 
 DESCRIPTION = """\
 Predict the class of every row of some data with a fine-tuned model: print a summary and, if the data have
-labels, the error; with --out, write all predictions. Under mpirun the ranks share the rows out."""
+labels, the error; with --out, write all predictions. Under mpirun the ranks share the rows out, and with --shards
+the model."""
 
 EPILOG = """\
 examples:
@@ -44,6 +47,7 @@ examples:
   python -m gpudbn.predict model.safetensors --data new.npy --out classes.npz
   python -m gpudbn.predict runs/mnist --data x.npy --labels y.npy        other data, all of them
   mpirun -n 4 python -m gpudbn.predict runs/mnist --data x.npy --out y.csv      the same file from four processes
+  mpirun -n 4 python -m gpudbn.predict runs/large --data x.npy --shards 2        each pair of ranks holds the model
 
 what --out FILE holds:
   FILE.npy   predicted classes (rows,) int32; FILE.probabilities.npy beside it, (rows, classes) float32
@@ -64,10 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", metavar="{" + ",".join(_command.PARTS) + "}",
                         help="which rows, split as in training (default: test for the data of the run, all for others)")
     parser.add_argument("--out", metavar="FILE", help="write the predictions: .npy, .npz or .csv says how, see below")
+    _command.add_shards(parser)
     return _command.run(parser, arguments, _check, predict)
 
 
-def _check(found: argparse.Namespace) -> None:
+def _check(found: argparse.Namespace, ranks: int) -> None:
+    check_ranks(found.shards, ranks)
     if found.data is None:
         raise UserError("--data: must say what to predict: digits, mnist, a folder, FILE.npz or FILE.npy; got nothing")
     if found.part is not None:
@@ -82,18 +88,8 @@ def _check(found: argparse.Namespace) -> None:
 
 def predict(found: argparse.Namespace) -> int:
     """Predict as the command line says. Returns the exit code."""
-    from gpudbn.mpi import Plan, connect
-    from gpudbn.mpi.alone import Exchange
-
-    loaded: list[tuple[_command.Model, _command.Part]] = []
-
-    def prepare() -> int:
-        loaded.append(_load(found))
-        return 0
-
-    exchange = connect(Plan("sync"), prepare)
-    assert isinstance(exchange, Exchange)  # no server
-    ((model, part),) = loaded
+    exchange = _command.join(found)
+    model, part = _command.together(exchange, lambda: _load(found, exchange))
     dbn = model.dbn
     classes = _classes(dbn)
     tally = _Tally(classes, part.labelled)
@@ -101,7 +97,9 @@ def predict(found: argparse.Namespace) -> int:
     with _command.Progress("predict", part.size) as progress:
         paths = _WRITERS[out.suffix](out, _blocks(dbn, part, exchange, tally, progress), part.size, classes)
     if exchange.chief:
-        ranks = f"; {exchange.replicas} ranks" if exchange.replicas > 1 else ""
+        parts = exchange.shards.count
+        ranks = f"; {exchange.replicas * parts} ranks" if exchange.replicas * parts > 1 else ""
+        ranks += f", the model in {parts} parts" if parts > 1 else ""
         lines = [f"network    {dbn.describe()}", f"data       {part.size:,} {part.what}",
                  f"compute    {model.place}{ranks}", *tally.lines()]
         if paths:
@@ -115,9 +113,9 @@ def predict(found: argparse.Namespace) -> int:
     return 0
 
 
-def _load(found: argparse.Namespace) -> tuple[_command.Model, _command.Part]:
+def _load(found: argparse.Namespace, exchange: Exchange) -> tuple[_command.Model, _command.Part]:
     """A model that can predict, and the rows."""
-    model = _command.load_model(found.model, found.device)
+    model = _command.load_model(found, exchange)
     if model.dbn.classifier is None:
         raise UserError(f"{found.model}: must be a fine-tuned model; got one that was only pretrained. "
                         "Train with --finetune-epochs above 0 on labelled data")
@@ -133,8 +131,8 @@ def _blocks(dbn: DBN, part: _command.Part, exchange: Exchange, tally: _Tally,
             progress: _command.Progress) -> Iterator[Block]:
     """Every block of rows: their numbers in the file, their predicted classes, and P(class | row).
 
-    In a round every rank computes a block, and the first rank collects these and yields them in order; on the others
-    nothing comes. So the first rank holds a round at a time and the others a block, and while it writes they compute.
+    In a round every replica computes a block, and the first one collects these and yields them in order; on the others
+    nothing comes. So the first one holds a round at a time and the others a block, and while it writes they compute.
     """
     import numpy as np
 
@@ -143,7 +141,7 @@ def _blocks(dbn: DBN, part: _command.Part, exchange: Exchange, tally: _Tally,
     pieces = ((rows, first, np.arange(start, min(start + _command.BLOCK, len(rows)))) for rows, first in part.tables
               for start in range(0, len(rows), _command.BLOCK))
     while turn := list(itertools.islice(pieces, exchange.replicas)):
-        mine = np.empty((0, _classes(dbn)), np.float32)  # the last round may leave nothing for this rank
+        mine = np.empty((0, _classes(dbn)), np.float32)  # the last round may leave nothing for this one
         if exchange.replica < len(turn):
             rows, _, positions = turn[exchange.replica]
             v = np.empty((len(positions), rows.n), np.float32)

@@ -27,6 +27,7 @@ import numpy as np
 from gpudbn import checkpoint
 from gpudbn.arrays import Array
 from gpudbn.errors import UserError
+from gpudbn.shards import Pieces
 
 RECORDS = "metric_records"  # in a checkpoint's metadata: how many metric records it had seen
 
@@ -160,7 +161,7 @@ class Run:
             found.append(value)
         return found
 
-    def save_checkpoint(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, arrays: Mapping[str, Array | Pieces], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint. The metadata gains the number of metric records so far.
 
         Raises
@@ -176,9 +177,10 @@ class Run:
             raise checkpoint.why_not(self.metrics, "writable", error) from error
         checkpoint.write(self.checkpoint, arrays, {**meta, "kind": "checkpoint", RECORDS: len(self._lines())})
 
-    def load_checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The arrays and metadata of the last ``save_checkpoint``."""
-        return checkpoint.read(self.checkpoint, "checkpoint")
+    def load_checkpoint(self, part: checkpoint.Part | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays, or the parts of them that ``Reader.read`` is to keep, and metadata of the last checkpoint."""
+        file = checkpoint.Reader(self.checkpoint, "checkpoint")
+        return file.read(part), file.meta
 
     def rewind(self, meta: Mapping[str, Any]) -> int:
         """Cut the metrics back to the records that the checkpoint with this metadata had seen.
@@ -202,7 +204,7 @@ class Run:
             raise checkpoint.why_not(self.metrics, "writable", error) from error
         return max(0, seen - len(lines))
 
-    def save_model(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+    def save_model(self, arrays: Mapping[str, Array | Pieces], meta: Mapping[str, Any]) -> None:
         """Replace the model, as ``save_checkpoint`` replaces the checkpoint."""
         checkpoint.write(self.model, arrays, {**meta, "kind": "model"})
 

@@ -15,6 +15,7 @@ from gpudbn.settings import reader
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
     import numpy as np
 
+    from gpudbn.mpi.alone import Exchange
 
 FORMATS = (".npy", ".png")
 STARTS = ("random", "data")
@@ -28,6 +29,7 @@ examples:
   python -m gpudbn.sample runs/digits --start data            chains that start at its test rows
   python -m gpudbn.sample runs/digits --count 10000 --binary --out samples.npy
   python -m gpudbn.sample model.safetensors --steps 10000 --seed 3 --out three.png
+  mpirun -n 2 python -m gpudbn.sample runs/large --shards 2   two ranks hold the model together
 
 what --out FILE holds:
   FILE.png   the first 100 samples, beside the rows they started at with --start data
@@ -53,10 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
                         help="number behind every random draw (default: 0)")
     parser.add_argument("--binary", action="store_true", help="0 and 1, drawn by the probabilities")
     parser.add_argument("--out", metavar="FILE", help="FILE.npy or FILE.png (default: samples.png in the run's folder)")
-    return _command.run(parser, arguments, _check, sample, alone=True)
+    _command.add_shards(parser)
+    return _command.run(parser, arguments, _check, sample)
 
 
-def _check(found: argparse.Namespace) -> None:
+def _check(found: argparse.Namespace, ranks: int) -> None:
+    if ranks != found.shards:
+        raise UserError(f"--shards: must be the number of ranks, which draw all samples together; got {found.shards} "
+                        f"and {ranks}. Start it " + (f"with mpirun -n {found.shards}" if found.shards > 1 else
+                                                     "without mpirun, or with -n 1"))
     _command.whole("count", found.count, 1)
     _command.whole("steps", found.steps, 1, 1 << 32)
     _command.one_of("start", found.start, STARTS)
@@ -74,15 +81,8 @@ def sample(found: argparse.Namespace) -> int:
     from gpudbn.draws import Purpose, site
     from gpudbn.twins import twins_of
 
-    model = _command.load_model(found.model, found.device)
-    out = model.folder / "samples.png" if found.out is None else _command.output(found.out, FORMATS)
-    if out.suffix == ".png":
-        from gpudbn import plots
-
-        missing = plots.available()
-        if missing:
-            raise UserError(f"--out: must be an .npy file, for no picture can be drawn; got {out}. {missing}")
-    start, title = _starts(model, found) if found.start == "data" else (None, "the biases")
+    exchange = _command.join(found)
+    model, out, start, title = _command.together(exchange, lambda: _prepared(found, exchange))
     try:
         with _command.Progress("sample", found.steps) as progress:
             samples = model.dbn.sample(found.count, steps=found.steps, seed=found.seed, start=start,
@@ -93,16 +93,39 @@ def sample(found: argparse.Namespace) -> int:
     except MemoryError:
         raise UserError(f"--count: must be chains that fit into memory together; got {found.count}. "
                         "Draw fewer at a time, each time with another --seed") from None
-    numbers = to_cpu(samples)
+    if exchange.chief:
+        _write(found, model, out, to_cpu(samples), start, title)
+    exchange.close()
+    return 0
+
+
+def _prepared(found: argparse.Namespace,
+              exchange: Exchange) -> tuple[_command.Model, Path, np.ndarray | None, str]:
+    """The model, where the samples go, and where the chains start, in words too."""
+    model = _command.load_model(found, exchange)
+    out = model.folder / "samples.png" if found.out is None else _command.output(found.out, FORMATS)
+    if out.suffix == ".png":
+        from gpudbn import plots
+
+        missing = plots.available()
+        if missing:
+            raise UserError(f"--out: must be an .npy file, for no picture can be drawn; got {out}. {missing}")
+    return model, out, *(_starts(model, found) if found.start == "data" else (None, "the biases"))
+
+
+def _write(found: argparse.Namespace, model: _command.Model, out: Path, numbers: np.ndarray,
+           start: np.ndarray | None, title: str) -> None:
+    """The file, and what is said of it."""
     if out.suffix == ".npy":
         _write_npy(out, numbers)
     else:
         _draw(out, numbers, start, model.dbn.about.get("image_shape"),
               f"Samples: {found.steps:,} Gibbs steps in the top layer, from {title}")
     what = "samples of 0 and 1" if found.binary else "samples, as probabilities"
-    return _command.say([f"network    {model.dbn.describe()}", f"compute    {model.place}",
-                         f"chains     {found.count:,} of {found.steps:,} Gibbs steps from {title}, seed {found.seed}",
-                         f"wrote      {out}: {_shown(out, found.count)} {what}"])
+    parts = f"; the model in {found.shards} parts" if found.shards > 1 else ""
+    _command.say([f"network    {model.dbn.describe()}", f"compute    {model.place}{parts}",
+                  f"chains     {found.count:,} of {found.steps:,} Gibbs steps from {title}, seed {found.seed}",
+                  f"wrote      {out}: {_shown(out, found.count)} {what}"])
 
 
 def _shown(out: Path, count: int) -> str:

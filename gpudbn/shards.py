@@ -12,15 +12,44 @@ gradients of a shard's own parameters need nothing from others. Dean et al. (201
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from gpudbn.arrays import Array, module_of
+from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.errors import UserError
 from gpudbn.precision import BLOCK, BLOCKS
 
 EDGE = BLOCK  # shards are cut at multiples of so many units: whole Philox blocks, and aligned rows
+AT_ONCE = 1 << 22  # bytes of a piece of an array that is put together
+
+
+class Pieces(NamedTuple):
+    """An array that is nowhere whole.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : numpy.dtype
+    pieces : callable
+        Goes through it once: gives its entries in order, row by row, as arrays of any length, on the first shard.
+        The others have to go along and get nothing.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+def go_along(arrays: Mapping[str, Array | Pieces]) -> None:
+    """What the other shards do while the first writes these arrays to a file (``checkpoint.write``)."""
+    for name in sorted(arrays):
+        if isinstance(array := arrays[name], Pieces):
+            for _ in array.pieces():
+                pass
 
 
 class Shards:
@@ -97,6 +126,68 @@ class Shards:
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         """The arrays of all shards in order, of any shapes, on the first; None elsewhere."""
         return [array]
+
+    def send(self, array: np.ndarray) -> None:
+        """To the first shard, which calls ``receive``."""
+
+    def receive(self, array: np.ndarray, index: int) -> None:
+        """array <- what the shard of that index sends."""
+
+    # -- arrays that are put together on the first shard, a piece at a time ---------------------------
+
+    def columns(self, array: Array, m: int) -> Pieces:
+        """All shards' columns side by side: of arrays (..., own) one (..., m)."""
+        mine = [self.mine(m, index) for index in range(self.count)]
+        rows = array.reshape(-1, array.shape[-1])
+
+        def pieces() -> Iterator[np.ndarray]:
+            step = max(1, AT_ONCE // (m * array.dtype.itemsize))
+            for lo in range(0, len(rows), step):
+                part = to_cpu(rows[lo : lo + step])
+                if self.index:
+                    self.send(part)
+                    continue
+                whole = np.empty((len(part), m), array.dtype)
+                whole[:, mine[0]] = part
+                for index, columns in enumerate(mine[1:], 1):
+                    other = np.empty((len(part), columns.stop - columns.start), array.dtype)
+                    self.receive(other, index)
+                    whole[:, columns] = other
+                yield whole
+
+        return Pieces((*array.shape[:-1], m), array.dtype, pieces)
+
+    def rows(self, array: Array, m: int) -> Pieces:
+        """All shards' rows, one behind the other: of arrays (own, ...) one (m, ...)."""
+        each = [self._of(index, array, (len(range(m)[self.mine(m, index)]), *array.shape[1:]))
+                for index in range(self.count)]
+        return Pieces((m, *array.shape[1:]), array.dtype,
+                      lambda: itertools.chain.from_iterable(part.pieces() for part in each))
+
+    def each(self, array: Array) -> list[Pieces]:
+        """The array of every shard by itself, of any shapes. Collective, other than the two above."""
+        found = self.collect(np.array(array.shape, np.int64))
+        shapes = [array.shape] * self.count if found is None else [tuple(map(int, shape)) for shape in found]
+        return [self._of(index, array, shape) for index, shape in enumerate(shapes)]
+
+    def _of(self, index: int, array: Array, shape: tuple[int, ...]) -> Pieces:
+        """The array of one shard; of another's the first must know the shape."""
+        def pieces() -> Iterator[np.ndarray]:
+            if self.index not in (0, index):
+                return
+            flat, step = array.reshape(-1), AT_ONCE // array.dtype.itemsize
+            for lo in range(0, prod(shape), step):
+                piece = np.empty(min(step, prod(shape) - lo), array.dtype)
+                if self.index == index:
+                    piece[...] = to_cpu(flat[lo : lo + step])
+                    if index:
+                        self.send(piece)
+                else:
+                    self.receive(piece, index)
+                if self.index == 0:
+                    yield piece
+
+        return Pieces(shape, array.dtype, pieces)
 
 
 WHOLE = Shards()

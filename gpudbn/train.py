@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn import __version__
 from gpudbn.errors import LostError, NonFiniteError, UserError
@@ -17,6 +17,8 @@ from gpudbn.mpi import launch
 from gpudbn.settings import Settings, command_line, parse, settings_of
 
 if TYPE_CHECKING:  # these load NumPy, which must not happen before the threads are set
+    import numpy as np
+
     from gpudbn.data import DataSet
     from gpudbn.dbn import DBN
     from gpudbn.loop import Training
@@ -117,7 +119,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
                                          labelled=labelled_rows))
     if resume:
         run = together(lambda: Run.open(resume))
-        arrays, meta = together(run.load_checkpoint)
+        arrays, meta = together(lambda: run.load_checkpoint(training.part))
         together(lambda: training.restore(arrays, meta))
         if exchange.chief:
             run.rewind(meta)
@@ -167,13 +169,15 @@ def _finish(settings: Settings, run: Run, book: _Book, dbn: DBN, data: DataSet, 
     while True:
         reports = exchange.reports()
         chief = exchange.living[0]
-        model = dbn.arrays() if exchange.chief or dbn.shards.count > 1 else {}
-        if reports is not None:
+        if exchange.chief:
             book.write()
-            run.save_model(model, dbn.about_file())
+        seen = None
+        if exchange.replica == chief:  # all shards of it
+            dbn.save(run.model)
+            seen = _look(dbn, data, np) if settings.plots == "on" else None
+        if reports is not None:
             run.record_reports(reports)
-            pictures = _draw(run, dbn, data, reports, np) if settings.plots == "on" else []
-            show.ending(run, last, pictures)
+            show.ending(run, last, _draw(run, seen, data, reports) if settings.plots == "on" else [])
         exchange.agree(None)
         if chief in exchange.living:
             return
@@ -319,46 +323,56 @@ class _Show:
             self.say(f"          python -m gpudbn.predict {run.path} --data {self.settings.data}")
 
 
-def _draw(run: Run, dbn: DBN, data: DataSet, reports: list[dict[str, Any]], np: Any) -> list[str]:
+class _Seen(NamedTuple):
+    """What a model learned and makes of test rows, as arrays on the CPU: what pictures are of."""
+
+    filters: list[np.ndarray]  # of each layer, see ``DBN.filters``
+    rows: np.ndarray
+    samples: np.ndarray
+    reconstructions: np.ndarray
+    labels: np.ndarray | None  # of all rows, with what was predicted
+    predicted: np.ndarray | None
+
+
+def _look(dbn: DBN, data: DataSet, np: Any) -> _Seen | None:
+    """What there is to draw; None without Matplotlib. Collective over the shards of a replica."""
+    from gpudbn import plots
+    from gpudbn.arrays import to_cpu
+
+    if dbn.shards.count == 1 and plots.available():
+        return None
+    rows = data.test if len(data.test) else data.train
+    shown = np.empty((min(64, len(rows)), rows.n), np.float32)
+    rows.take(np.arange(len(shown)), shown)
+    predicted = None
+    if dbn.classifier is not None and rows.labels is not None:
+        predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
+    return _Seen([to_cpu(dbn.filters(layer)) for layer in range(len(dbn.layers))], shown,
+                 to_cpu(dbn.sample(len(shown), steps=200, start=shown)), to_cpu(_back(dbn, shown[:20])),
+                 None if predicted is None else rows.take_labels(np.arange(len(rows))), predicted)
+
+
+def _draw(run: Run, seen: _Seen | None, data: DataSet, reports: list[dict[str, Any]]) -> list[str]:
     """The pictures of a run; their names. Without Matplotlib none, and a line that says so."""
     from gpudbn import plots
 
     missing = plots.available()
-    if missing:
+    if missing or seen is None:
         print(f"no pictures: {missing}", flush=True)
         return []
-    # of a model in parts, each rank has its own only
-    names = _draw_model(run, dbn, data, np) if dbn.shards.count == 1 else []
+    shape, names = data.image_shape, []
+    for i, fields in enumerate(seen.filters, 1):
+        names.append(f"filters-{i}")
+        plots.filters(run.plot(names[-1]), fields, shape, f"Layer {i}: what its hidden units respond to")
+    plots.samples(run.plot("samples"), seen.samples, seen.rows, shape,
+                  "Samples: 200 Gibbs steps in the top layer, from the data")
+    plots.reconstructions(run.plot("reconstructions"), seen.rows[:20], seen.reconstructions, shape)
+    names += ["samples", "reconstructions"]
+    if seen.predicted is not None:
+        plots.confusion(run.plot("confusion"), seen.labels, seen.predicted, data.classes)
+        names.append("confusion")
     plots.curves(run.plot("curves"), [r for r in run.records() if "epoch" in r])
     return [*names, "curves", *plots.ranks(run.plot, reports)]
-
-
-def _draw_model(run: Run, dbn: DBN, data: DataSet, np: Any) -> list[str]:
-    """What the model learned and makes of test rows."""
-    from gpudbn import plots
-    from gpudbn.arrays import to_cpu
-
-    shape = data.image_shape
-    rows = data.test if len(data.test) else data.train
-    count = min(64, len(rows))
-    shown = np.empty((count, rows.n), np.float32)
-    rows.take(np.arange(count), shown)
-    down = None
-    names = []
-    for i, rbm in enumerate(dbn.layers):
-        W = to_cpu(rbm.W)
-        down = W if down is None else down @ W
-        names.append(f"filters-{i + 1}")
-        plots.filters(run.plot(names[-1]), down, shape, f"Layer {i + 1}: what its hidden units respond to")
-    plots.samples(run.plot("samples"), to_cpu(dbn.sample(count, steps=200, start=shown)), shown, shape,
-                  "Samples: 200 Gibbs steps in the top layer, from the data")
-    plots.reconstructions(run.plot("reconstructions"), shown[:20], to_cpu(_back(dbn, shown[:20])), shape)
-    names += ["samples", "reconstructions"]
-    if dbn.classifier is not None and rows.labels is not None:
-        predicted = np.concatenate([to_cpu(dbn.predict(_block(rows, lo, np))) for lo in range(0, len(rows), 1000)])
-        plots.confusion(run.plot("confusion"), rows.take_labels(np.arange(len(rows))), predicted, data.classes)
-        names.append("confusion")
-    return names
 
 
 def _back(dbn: DBN, rows: Any) -> Any:

@@ -126,8 +126,10 @@ def test_the_gradient_is_right_for_one_and_three_hidden_layers(sizes, monkeypatc
     ("no dropout", reference, "delta *= a\n", "pass\n"),
     ("no dropout", reference, "np.multiply(delta, factor, out=delta)", "delta"),
     ("no dropout", finetune, "for i in range(self.depth, -1, -1)", "for i in range(self.depth, 0, -1)"),
-    ("no dropout", finetune, "self.shards.product_(below, delta, W.T", "self.shards.product_(below, delta, 2 * W.T"),
-    ("no dropout", finetune, "self._product(below, delta, W.T)", "self._product(below, delta, 2 * W.T)"),
+    ("no dropout", finetune, "self.shards.product_(crossing.get(i, below), delta, W.T",
+     "self.shards.product_(crossing.get(i, below), delta, 2 * W.T"),
+    ("no dropout", finetune, "here\n                    product(crossing.get(i, below), delta, W.T",
+     "here\n                    product(crossing.get(i, below), delta, 2 * W.T"),
     ("no dropout", finetune, "x, self.net[f\"c{self.depth}\"], targets)", "x, 0 * self.net[\"c2\"], targets)"),
     ("dropout", reference, "np.float32(-keep)", "np.float32(-1)"),
     ("dropout", reference, "np.float32(1 / keep)", "np.float32(1)"),
@@ -199,7 +201,7 @@ def test_measures_are_sums_of_the_plain_formulas_without_dropout(way):
 
 
 @pytest.mark.parametrize(("module", "line", "fault"), [
-    (finetune, "for w in self.wholes], None)", "for w in self.wholes], Piece(positions, 0, 0, slice(0), 0, 1.0))"),
+    (finetune, "self._crossing(len(x)), None)", "self._crossing(len(x)), Piece(positions, 0, 0, slice(0), 0, 1.0))"),
     (finetune, "return [loss.sum(dtype=np.float64), second.sum(", "return [second.sum(dtype=np.float64), loss.sum("),
     (reference, "np.negative(log_p[each, labels], out=loss)", "loss[...] = log_p[each, labels]"),
     (reference, "np.not_equal(log_p.argmax(axis=1), labels", "np.equal(log_p.argmax(axis=1), labels"),

@@ -273,10 +273,13 @@ def test_a_pretrained_model_is_enough_but_several_ranks_are_too_many(run, capsys
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "2")
     assert fail(capsys, run) == (
-        "python -m gpudbn.sample: must run as one process; got 2 ranks. Start it without mpirun, or with -n 1")
+        "--shards: must be the number of ranks, which draw all samples together; got 1 and 2. Start it without mpirun, "
+        "or with -n 1")
     monkeypatch.setattr(wire, "GRACE", 0.0)  # in which rank 0 says it and the job ends
     monkeypatch.setenv("PMI_RANK", "1")
-    assert fail(capsys, run).startswith(f"rank 1 of 2 on {socket.gethostname()}: python -m gpudbn.sample: must run")
+    assert fail(capsys, run).startswith(f"rank 1 of 2 on {socket.gethostname()}: --shards: must be the number")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert fail(capsys, run, "--shards", 3).endswith("; got 3 and 2. Start it with mpirun -n 3")
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "1")
     assert main([str(run), "--count", "2", "--steps", "1"]) == 0

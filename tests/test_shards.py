@@ -5,6 +5,7 @@ The shards are threads of this process that meet at a barrier for every sum and 
 
 from __future__ import annotations
 
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,8 +14,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpudbn import DBN, finetune, offsets, pretrain, rbm, reference
+from gpudbn import DBN, checkpoint, finetune, load, offsets, pretrain, rbm, reference
 from gpudbn import shards as shards_module
+from gpudbn.autoencoder import AutoencoderPhase
 from gpudbn.data import DataSet, Rows
 from gpudbn.errors import UserError
 from gpudbn.finetune import FinetunePhase
@@ -40,6 +42,7 @@ class Threads(Shards):
     class Meeting:
         def __init__(self, count):
             self.barrier, self.brought = threading.Barrier(count, timeout=60), [None] * count
+            self.sent = [queue.Queue() for _ in range(count)]
 
     def __init__(self, index, count, meeting):
         self.index, self.count, self.meeting, self.crossed = index, count, meeting, 0
@@ -75,6 +78,16 @@ class Threads(Shards):
         out[...] = whole
         return out
 
+    def collect(self, array):
+        found = self._all(array)
+        return None if self.index else found
+
+    def send(self, array):
+        self.meeting.sent[self.index].put(array.copy())
+
+    def receive(self, array, index):
+        array[...] = self.meeting.sent[index].get(timeout=60)
+
 
 def on_shards(count, work):
     """What ``work(shards)`` returns on each of ``count`` shards."""
@@ -106,6 +119,9 @@ def stack(shards=WHOLE, classes=3):
     whole |= {f"classifier.W{i}": 0.4 * rng.standard_normal(pair)
               for i, pair in enumerate(pairwise(sizes))}
     whole |= {f"classifier.c{i}": 0.4 * rng.standard_normal(m) for i, m in enumerate(sizes[1:])}
+    sizes = [*SIZES, *SIZES[-2::-1]]
+    whole |= {f"autoencoder.W{i}": 0.4 * rng.standard_normal(pair) for i, pair in enumerate(pairwise(sizes))}
+    whole |= {f"autoencoder.c{i}": 0.4 * rng.standard_normal(m) for i, m in enumerate(sizes[1:])}
     made.set_arrays({name: np.asarray(array, np.float32) for name, array in whole.items()})
     return made
 
@@ -167,7 +183,9 @@ def what_a_stack_says(dbn):
             "free energy": first.free_energy(v), "reconstruction": first.reconstruct(v),
             "transformed": dbn.transform(v), "to the second layer": dbn.transform(v, 2),
             "reconstructed": dbn.reconstruct(v), "probabilities": dbn.predict_probabilities(v),
+            "code": dbn.encode(v), "decoded": dbn.decode(dbn.encode(v)),
             "samples": dbn.sample(5, steps=4, seed=3), "samples from data": dbn.sample(11, steps=3, seed=4, start=v),
+            "filters": dbn.filters(0), "of some units": dbn.filters(2, 20),
             "parameters": np.array([dbn.count()])}
 
 
@@ -191,6 +209,45 @@ def test_a_model_does_not_depend_on_the_number_of_shards(count):
     for found in on_shards(count, lambda shards: stack(shards).arrays()):
         assert list(found) == list(whole)
         assert all(np.array_equal(found[name], array) for name, array in whole.items())
+
+
+@COUNTS
+def test_a_file_has_the_same_bytes_and_each_shard_takes_its_part_of_it(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "AT_ONCE", 1000)  # several pieces an array, the last ones shorter
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 900)
+    stack().save(tmp_path / "whole")
+    on_shards(count, lambda shards: stack(shards).save(tmp_path / "parts"))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+
+    def back(shards):
+        made, found = stack(shards), load(tmp_path / "whole", shards=shards)
+        return all(np.array_equal(a.flat, b.flat) for a, b in zip(everything(found), everything(made), strict=True))
+
+    assert on_shards(count, back) == [True] * count
+
+
+def test_a_file_of_other_sizes_is_refused(tmp_path):
+    arrays = DBN([23, 60, 61, 37]).arrays()
+    checkpoint.write(tmp_path / "m", arrays, stack().about_file())
+    with pytest.raises(UserError, match=r"model: must hold layers\.0\.W of 50 hidden units; got shape \(23, 60\)"):
+        on_shards(2, lambda shards: load(tmp_path / "m", shards=shards))
+
+
+def everything(dbn):
+    return [*(layer.parameters for layer in dbn.layers), dbn.classifier, dbn.autoencoder]
+
+
+@COUNTS
+def test_a_linear_code_begins_alike_in_parts(count):
+    def begun(shards):
+        dbn = stack(shards)
+        dbn.new_autoencoder("linear")
+        return {name: array for name, array in dbn.arrays().items() if name.startswith("autoencoder")}
+
+    whole = begun(WHOLE)
+    for found in on_shards(count, begun):
+        for name, array in whole.items():
+            assert_close(found[name], array, atol=2e-6)
 
 
 @COUNTS
@@ -260,44 +317,51 @@ def test_one_pretraining_update_on_means_and_of_the_first_layer(count):
     check_layer_update(count, "cd", 1, layer=0)
 
 
-def a_finetuning_update(shards):
-    dbn = stack(shards)
-    phase = FinetunePhase(dbn, 3, SETTINGS, rows=13)
+def a_finetuning_update(shards, kind="classifier", code="logistic"):
+    def begun():
+        dbn = stack(shards)
+        dbn.about["code"] = code
+        return dbn, (FinetunePhase(dbn, 3, SETTINGS, rows=13) if kind == "classifier" else
+                     AutoencoderPhase(dbn, SETTINGS, rows=13))
+
+    dbn, phase = begun()
     phase.begin_epoch(0)
     sums = np.empty_like(phase.parameters)
     phase.sums(sums, table(), Piece(np.arange(13), 7, 3, slice(0), 0, 1.0))
-    dbn.classifier.flat[...] = sums  # so that ``arrays`` puts it together
-    gradient = {name: array for name, array in dbn.arrays().items() if name.startswith("classifier")}
-    return gradient, FinetunePhase(stack(shards), 3, SETTINGS, rows=13).measure(table(), np.arange(13))
+    phase.net.flat[...] = sums  # so that ``arrays`` puts it together
+    gradient = {name: array for name, array in dbn.arrays().items() if name.startswith(kind)}
+    return gradient, begun()[1].measure(table(), np.arange(13))
 
 
-def check_finetuning_update(count):
-    whole, measured = a_finetuning_update(WHOLE)
-    for found, means in on_shards(count, a_finetuning_update):
+def check_finetuning_update(count, *kind):
+    whole, measured = a_finetuning_update(WHOLE, *kind)
+    for found, means in on_shards(count, lambda shards: a_finetuning_update(shards, *kind)):
         for name, array in whole.items():
             assert_close(found[name], array, atol=1e-5 * np.abs(array).max())
         assert_close(np.array(means), np.array(measured), rtol=1e-5)
 
 
 @COUNTS
-def test_one_finetuning_gradient_is_that_of_the_whole_network(count):
-    check_finetuning_update(count)
+@pytest.mark.parametrize("kind", [("classifier",), ("autoencoder",), ("autoencoder", "linear")])
+def test_one_finetuning_gradient_is_that_of_the_whole_network(count, kind):
+    check_finetuning_update(count, *kind)
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
-def in_a_fixed_order(shards):
+def in_a_fixed_order(shards, **options):
     """Long enough for sums in another order to show themselves; odd batches, ends of parts, all kinds of sums."""
     s = replace(SETTINGS, epochs=(3,), finetune_epochs=3, initial_weights=0.3, order="fixed", method="pcd", k=2,
                 sparsity_target=0.2, learning_rate=(0.05,))
+    s = replace(s, **options)
     training = Training(DBN(SIZES, shards=shards), data(), s, Alone())
     return list(training.run()), training.dbn.arrays()
 
 
-def check_fixed_order(count):
-    records, arrays = in_a_fixed_order(WHOLE)
-    for found, trained in on_shards(count, in_a_fixed_order):
+def check_fixed_order(count, **options):
+    records, arrays = in_a_fixed_order(WHOLE, **options)
+    for found, trained in on_shards(count, lambda shards: in_a_fixed_order(shards, **options)):
         for record, other in zip(found, records, strict=True):
             assert {**record, "seconds": 0} == {**other, "seconds": 0}
         for name, array in arrays.items():
@@ -305,8 +369,23 @@ def check_fixed_order(count):
 
 
 @COUNTS
-def test_in_a_fixed_order_parts_come_to_the_bits_of_the_whole(count):
-    check_fixed_order(count)
+@pytest.mark.parametrize("options", [{}, {"finetune": "autoencoder", "code": "linear", "method": "cd", "k": 1}])
+def test_in_a_fixed_order_parts_come_to_the_bits_of_the_whole(count, options):
+    check_fixed_order(count, **options)
+
+
+def said_in_a_fixed_order(shards):
+    dbn = stack(shards)
+    dbn.set_precision("blocks")
+    return what_a_stack_says(dbn)
+
+
+@COUNTS
+def test_in_a_fixed_order_a_stack_in_parts_says_the_bits_of_the_whole_one(count):
+    whole = said_in_a_fixed_order(WHOLE)
+    for said in on_shards(count, said_in_a_fixed_order):
+        for name, expected in whole.items():
+            assert name in ("energy", "filters", "of some units") or np.array_equal(said[name], expected), name
 
 
 def a_run(shards):
@@ -354,8 +433,13 @@ def test_gradients_need_nothing_from_others():
     (pretrain, "x = self.dbn.shards.gather(h, rbm.m, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
     (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
-    (finetune, "[:, self.dbn.layers[i - 1].mine]", "[:, : below.shape[1]]", check_finetuning_update),
-    (finetune, "return self.dbn.layers[level - 1].columns", "return {}", check_finetuning_update),
+    (finetune, "crossing[i][:, self._below(i).mine]", "crossing[i][:, : below.shape[1]]", check_finetuning_update),
+    (finetune, "a[level][:, self._below(level).mine]", "a[level][:, : self._below(level).width]",
+     lambda count: check_finetuning_update(count, "autoencoder")),
+    (finetune, "self.shards.gather(crossing[i], self.units[i], out=below)",
+     "below[:, : crossing[i].shape[1]] = crossing[i]", lambda count: check_finetuning_update(count, "autoencoder")),
+    (finetune, "return self.dbn.layers[level - 1].columns if level <= self.stack else {}", "return {}",
+     check_finetuning_update),
     (shards_module, "if precision == BLOCKS:", "if False:", check_fixed_order),
     (reference, 'if precision == "fp32":\n        np.matmul(a, b, out=out)',
      'if precision in ("fp32", BLOCKS):\n        np.matmul(a, b, out=out)', check_fixed_order),

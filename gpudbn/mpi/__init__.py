@@ -186,13 +186,17 @@ def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
     """Refuse what replicas in several parts cannot do."""
     for name, value, good in (("mode", mode, ("sync", "local")),
                               ("centring", settings.centring, ("off", *(["data"] if settings.order == "fast" else []))),
-                              ("optimiser", settings.optimiser, ("adam", "adagrad", "sgd")),
-                              ("finetune", settings.finetune, ("classifier",))):
+                              ("optimiser", settings.optimiser, ("adam", "adagrad", "sgd"))):
         if value not in good:
             raise UserError(f"--{name}: must be {' or '.join(good)} with --shards {settings.shards}; got {value}")
-    if ranks % settings.shards:
-        raise UserError(f"--shards: must divide the number of ranks; got {settings.shards} and {ranks}. "
-                        f"Start it with mpirun -n {settings.shards * max(1, ranks // settings.shards)}")
+    check_ranks(settings.shards, ranks)
+
+
+def check_ranks(shards: int, ranks: int) -> None:
+    """Refuse ranks that are no whole number of replicas in so many parts."""
+    if ranks % shards:
+        raise UserError(f"--shards: must divide the number of ranks; got {shards} and {ranks}. "
+                        f"Start it with mpirun -n {shards * max(1, ranks // shards)}")
 
 
 def join(wire: Wire, plan: Plan, size: int) -> Exchange | Server:

@@ -54,3 +54,9 @@ class Parts(Shards):
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         return self.wire.collect(array)
+
+    def send(self, array: np.ndarray) -> None:
+        self.wire.send(np.ascontiguousarray(array), 0)
+
+    def receive(self, array: np.ndarray, index: int) -> None:
+        self.wire.recv(array, index)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from gpudbn import DBN
 from gpudbn.predict import _nameless
 from tests.mpi.job import finish, job, start
 from tests.test_predict import make_run
@@ -74,6 +75,37 @@ def test_when_a_rank_fails_all_end_and_the_old_file_is_all_there_is(made, tmp_pa
     assert (tmp_path / "x.npy").read_bytes() == b"old"
     if _nameless(tmp_path) is not None:
         assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A fine-tuned model that can be cut in three, and rows."""
+    folder, rng = tmp_path_factory.mktemp("large"), np.random.default_rng(3)
+    dbn = DBN([23, 50, 37])
+    dbn.new_classifier(4)
+    for parameters in (dbn.layers[0].parameters, dbn.layers[1].parameters, dbn.classifier):
+        parameters.flat[...] = rng.normal(size=parameters.size)
+    dbn.save(folder / "model")
+    np.save(folder / "rows.npy", rng.random((2_345, 23), np.float32))
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "shards"), [(3, 3), (4, 2)])
+def test_ranks_that_hold_a_model_together_write_the_bytes_of_one_process(large, tmp_path, ranks, shards):
+    for name, count, parts in (("alone.npz", 0, 1), ("parts.npz", ranks, shards)):
+        done = finish(start(count, "-m", "gpudbn.predict", large / "model", "--data", large / "rows.npy", "--out",
+                            tmp_path / name, "--shards", parts, "--order", "fixed"))
+        assert (done.returncode, done.stderr) == (0, "")
+    assert f"; {ranks} ranks, the model in {shards} parts" in done.stdout
+    assert (tmp_path / "alone.npz").read_bytes() == (tmp_path / "parts.npz").read_bytes()
+
+
+def test_so_do_they_when_they_draw_samples(large, tmp_path):
+    for name, count in (("alone.npy", 0), ("parts.npy", 2)):
+        done = finish(start(count, "-m", "gpudbn.sample", large / "model", "--count", 30, "--steps", 20, "--out",
+                            tmp_path / name, "--shards", max(1, count), "--order", "fixed"))
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "alone.npy").read_bytes() == (tmp_path / "parts.npy").read_bytes()
 
 
 def test_a_mistake_of_all_ranks_is_said_once(made):

@@ -59,7 +59,8 @@ def test_two_replicas_in_two_parts_each_learn_digits(tmp_path):
     assert next(r for r in records if r["phase"] == "test")["error"] < 0.08
     (ranks,) = [r["ranks"] for r in records if r["phase"] == "report"]
     assert len(ranks) == 4
-    assert {path.stem for path in (out / "plots").iterdir()} == {"curves", "timeline"}
+    assert {path.stem for path in (out / "plots").iterdir()} == {
+        "curves", "timeline", "filters-1", "filters-2", "samples", "reconstructions", "confusion"}
     assert load(out).layers[0].W.shape == (64, 100)
 
 
