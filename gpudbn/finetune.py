@@ -10,7 +10,8 @@ softmax layer, or an autoencoder's way down) a shard has the rows of its units: 
 errors are gathered.
 
 With ``--optimiser lbfgs`` or ``cg`` an update is some line searches on its batch (``batch.py``), which is large and
-goes through the network block by block; what is dropped out stays the same within an update.
+goes through the network block by block; what is dropped out stays the same within an update. Around parameter servers
+replicas compute portions of it instead (``mpi/sandblaster.py``).
 """
 
 from __future__ import annotations
@@ -235,21 +236,30 @@ class FinetunePhase(Phase):
 
     def _objective(self) -> float:
         """Mean loss of the batch with its decay; the gradient of that goes to ``total``."""
-        (rows, piece), xp = self._given, self.xp
-        count, loss = len(piece.positions), 0.0
+        rows, piece = self._given
+        count = len(piece.positions)
+        loss = self.portion(rows, piece, 0, count)
+        self.xp.multiply(self.total, np.float32(-1 / count), out=self.total)
+        return loss / count
+
+    def portion(self, rows: Source, piece: Piece, first: int, end: int) -> float:
+        """``total`` <- as ``sums``, of the rows from ``first`` to before ``end`` of a piece, each with its decay.
+
+        Returns the sum of their losses.
+        """
+        loss = 0.0
         self.total.fill(0)
-        for lo in range(0, count, len(self.losses)):
-            part = piece._replace(positions=piece.positions[lo : lo + len(self.losses)], row=piece.row + lo)
+        for lo in range(first, end, len(self.losses)):
+            part = piece._replace(positions=piece.positions[lo : min(lo + len(self.losses), end)], row=piece.row + lo)
             losses = self.losses[: len(part.positions)]
             self.sums(self.gradient.flat, rows, part, losses)
-            xp.add(self.total, self.gradient.flat, out=self.total)
+            self.xp.add(self.total, self.gradient.flat, out=self.total)
             loss += float(losses.sum(dtype=np.float64))
-        xp.multiply(self.total, np.float32(-1 / count), out=self.total)
-        decay, weights = self.settings.finetune_decay, self.parameters[: self.weights]
+        decay, weights = (end - first) * self.settings.finetune_decay, self.parameters[: self.weights]
         if decay:
-            self.total[: self.weights] += np.float32(decay) * weights
-            loss += count * decay / 2 * float((weights * weights).sum(dtype=np.float64))
-        return loss / count
+            self.total[: self.weights] -= np.float32(decay) * weights
+            loss += decay / 2 * float((weights * weights).sum(dtype=np.float64))
+        return loss
 
     def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums over the rows of both ``measures``: nats, and wrong answers; no dropout."""

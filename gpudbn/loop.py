@@ -102,9 +102,10 @@ class Training:
         self.progress = progress
         self.interrupt = False
         self.depth = len(dbn.layers)
-        if settings.optimiser in BATCH_OPTIMISERS and settings.finetune_epochs and exchange.replicas > 1:
-            raise UserError("--optimiser: must be adam, adagrad or sgd with several replicas; got "
-                            f"{settings.optimiser} and {exchange.replicas}")
+        if (settings.optimiser in BATCH_OPTIMISERS and settings.finetune_epochs and exchange.replicas > 1
+                and not exchange.searches):
+            raise UserError(f"--optimiser: must be adam, adagrad or sgd with several replicas in --mode {settings.mode}"
+                            f"; got {settings.optimiser} and {exchange.replicas}. Use --mode async")
         finetune = settings.finetune_epochs > 0 and (settings.finetune == "autoencoder" or
                                                      self.labelled.train.labels is not None)
         self.phases = self.depth + finetune
@@ -122,7 +123,7 @@ class Training:
         self.flag = dbn.xp.full(1, FINITE, np.uint64)  # see ``reference.note_not_finite``
         self._phase_arrays: dict[str, np.ndarray] = {}  # of a checkpoint, until the phase is made
         self._vectors: list[Array] = []
-        smallest = min(len(self._shard(self._set(i).train)) for i in (0, self.phases - 1))
+        smallest = min(len(self._shard(i)) for i in (0, self.phases - 1))
         if smallest < 1:
             raise UserError(f"--data: must have at least one training row a replica; got {len(data.train)} rows for "
                             f"{exchange.replicas} replicas. Start fewer ranks")
@@ -142,7 +143,7 @@ class Training:
         """
         while self.index < self.phases:
             with span(f"phase {self.index}"):
-                feed = feed_of(self._shard(self._set(self.index).train), self.dbn.xp, self._turn() * self._batch())
+                feed = feed_of(self._shard(self.index), self.dbn.xp, self._turn() * self._batch())
                 self.paths[self.index] = self._settled(feed)
                 plain = self.paths[self.index].name == "unfused"
                 kept = self._phase_arrays
@@ -211,7 +212,7 @@ class Training:
 
     def _turn(self) -> int:
         """Updates of a turn."""
-        if self.exchange.shards_rows:
+        if self._own_rows:
             return self.settings.period if self.settings.mode == "local" else self.settings.n_push
         rows = self._set(self.index).train
         streamed = self.dbn.xp is not np and not is_gpu(rows.array)
@@ -222,18 +223,20 @@ class Training:
         rates = phase.begin_epoch(self.epoch)
         # the same number of updates on every replica, also where shards differ by a row
         all_rows = len(self._set(self.index).train)
-        longest = -(-all_rows // self.exchange.replicas) if self.exchange.shards_rows else all_rows
+        longest = -(-all_rows // self.exchange.replicas) if self._own_rows else all_rows
         count, turn = -(-longest // phase.batch), self._turn()
         positions = feed.begin(self._order(len(feed.rows), self.exchange.replica))
         self._lent = None
-        before = phase.parameters.copy() if self.exchange.shards_rows else None
+        before = phase.parameters.copy() if self._own_rows else None
         self.exchange.part(phase.parameters)
         start = self.position
         # an overflow shows itself as a parameter that is not finite, at the end of the turn
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             each = -(-(count - start) // turn)
             warm = max(0, -(-self.settings.warm_start // turn) - self.epoch * each)
-            for owner, number in self.exchange.turns(each, min(warm, each)):
+            turns = self.exchange.turns(each, min(warm, each)) if self._own_rows else (
+                (self.exchange.replica, number) for number in range(each))
+            for owner, number in turns:
                 first = start + number * turn
                 end, own = min(first + turn, count), owner == self.exchange.replica
                 if before is not None:
@@ -271,7 +274,7 @@ class Training:
 
     def _order(self, count: int, owner: int) -> np.ndarray:
         """The order of a shard's rows in this epoch. Array (count,), int64."""
-        row = replica_row(owner) if self.exchange.shards_rows else 0
+        row = replica_row(owner) if self._own_rows else 0
         return permutation(count, seed=self.settings.seed, update=self.epoch, row=row,
                            site=site(Purpose.ORDER, self.index))
 
@@ -285,7 +288,7 @@ class Training:
 
     def _latest(self) -> int:
         """The clock of the draws at the end of an epoch: where replicas did different numbers of updates, the most."""
-        if not self.exchange.shards_rows:
+        if not self._own_rows:
             return self.updates
         each = np.zeros((self.exchange.replicas, 1))
         each[self.exchange.replica] = self.updates
@@ -323,7 +326,7 @@ class Training:
         batch = s.batch if layer else s.finetuning_batch
         return choose_path(s.kernels, Case(
             f"layer {index + 1}" if layer else "fine-tuning", gpu=self.dbn.xp is not np, finetune=not layer,
-            host_between=host, updates=len(self._shard(self._set(index).train)) // batch,
+            host_between=host, updates=len(self._shard(index)) // batch,
             precision=self.dbn.about["precision"] if layer else "fp32",
             means=("--data-hidden mean" if s.data_hidden == "mean" else
                    "--reconstruction mean" if s.reconstruction == "mean" else None),
@@ -432,6 +435,12 @@ class Training:
             phase.sums(sums, feed, pieces[0])
             self.exchange.add_(sums)
             phase.step(sums, len(positions))
+        elif self._searches(self.index):
+            assert isinstance(phase, FinetunePhase)
+            s, portion, (piece,) = self.settings, phase.portion, pieces
+            self.exchange.search(phase.parameters, phase.total, lambda first, end: portion(feed, piece, first, end),
+                                 len(positions), method=s.optimiser, history=s.history, searches=s.line_searches,
+                                 portions=s.portions)
         elif len(positions):
             phase.update(feed, pieces[0])
         self.updates += 1
@@ -449,13 +458,23 @@ class Training:
     def _set(self, index: int) -> DataSet:
         return self.data if index < self.depth else self.labelled
 
-    def _shard(self, rows: Rows) -> Rows:
-        """The rows this replica learns from: its shard, or all of them where batches are cut."""
-        return rows.shard(self.exchange.replica, self.exchange.replicas) if self.exchange.shards_rows else rows
+    def _searches(self, index: int) -> bool:
+        """Whether replicas compute portions of batches in a phase, whose optimiser is somewhere else."""
+        return index >= self.depth and self.settings.optimiser in BATCH_OPTIMISERS and self.exchange.searches
+
+    @property
+    def _own_rows(self) -> bool:
+        """Whether each replica learns from rows of its own in the current phase."""
+        return self.exchange.shards_rows and not self._searches(self.index)
+
+    def _shard(self, index: int) -> Rows:
+        """The rows this replica learns from in a phase: its shard, or all of them where batches are cut."""
+        rows, own = self._set(index).train, self.exchange.shards_rows and not self._searches(index)
+        return rows.shard(self.exchange.replica, self.exchange.replicas) if own else rows
 
     def _first_row(self) -> int:
         """Row number of the first row of a batch, for the draws."""
-        return replica_row(self.exchange.replica) if self.exchange.shards_rows else 0
+        return replica_row(self.exchange.replica) if self._own_rows else 0
 
     def _chain_range(self, batch: int) -> tuple[int, int]:
         """Which of the ``batch`` persistent chains are this replica's: from, to."""

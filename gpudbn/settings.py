@@ -180,6 +180,9 @@ class Settings:
                                        metavar="N")
     warm_start: int = option(0, "async: updates that the first replica does alone at the start of each phase",
                              group="distribution", rule=AT_LEAST_0, metavar="N")
+    portions: int | None = option(None, "async: into how many portions lbfgs and cg cut a batch, which replicas "
+                                  "compute as they get free; the same number gives the same bits for any number of "
+                                  "replicas (default: 8 for each)", group="distribution", rule=AT_LEAST_1, metavar="N")
     overlap: str = option("off", "async: on: a replica computes its next turn while it pushes the last and fetches; "
                           "what it works on is one turn older", group="distribution", choices=("off", "on"))
     period: int = option(10, "local: updates between two meetings; the end of an epoch is always one",

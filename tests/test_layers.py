@@ -32,7 +32,7 @@ FLOORS = """
     batch offsets optimiser rbm feed graphs mpi/collective mpi/machine
     mpi/rules mpi/virtual
     mpi/changes
-    mpi/staged
+    mpi/staged mpi/sandblaster
     mpi/direct
     mpi/transport mpi/server
     mpi/replica

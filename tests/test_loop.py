@@ -227,7 +227,7 @@ def test_asynchronous_shards_cover_every_row_once():
         exchange = Slice(replica, 3)
         exchange.cuts_batches, exchange.shards_rows = False, True
         run = training(small_settings(), exchange=exchange)
-        shard = run._shard(run.data.train)
+        shard = run._shard(0)
         rows = np.empty((len(shard), 13), np.float32)
         shard.take(np.arange(len(shard)), rows)
         seen.append(rows)

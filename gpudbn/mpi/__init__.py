@@ -16,6 +16,7 @@
     transport.py   which of the two
     overlap.py     a replica that exchanges while it computes
     ledger.py      which turns are done, and who does what is left
+    sandblaster.py L-BFGS and conjugate gradient whose vectors are the servers'
     hub.py         where replicas meet, and who of them is living
     watch.py       kills ranks that have been stopped for too long
     simulate.py    whole runs in virtual time, in one process: the files above, on
@@ -224,7 +225,8 @@ def join(wire: Wire, plan: Plan, size: int) -> Exchange | Server:
     mine = [(each, room) for each, room in found if each is not None]
     server_end, replica_end = ends(plan.transport, replicas)
     if wire.rank < plan.servers:
-        return Server(wire, [Store(each, room, make(), server_end) for each, room in mine])
+        stores = [Store(each, room, make(), server_end) for each, room in mine]
+        return Server(wire, stores, replicas if plan.servers > 1 else None)
     links = [Link(each, room, partial(replica_end, asking=make().asks), push=plan.push) for each, room in mine]
     return (Overlapped if plan.overlap else Asynchronous)(wire, replicas, links, max_staleness=plan.max_staleness)
 

@@ -8,7 +8,7 @@ This file imports no MPI.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Exchange:
         Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
     wants_factors : bool
         Whether changes are to be pushed as what made them, where that is known.
+    searches : bool
+        Whether the vectors of a batch optimiser are somewhere else, and replicas call ``search``.
     factors : Factors or None
         Where the phase notes the updates of a turn, for ``exchange``; the loop sets it.
     tally : Tally
@@ -62,6 +64,7 @@ class Exchange:
     cuts_batches = False
     shards_rows = False
     wants_factors = False
+    searches = False
     factors: Factors | None = None
     transport = ""
 
@@ -181,6 +184,28 @@ class Exchange:
 
     def refresh(self, parameters: Array, before: Array) -> None:
         """Before a turn: take the latest parameters, into both, if ``turns`` made this replica wait."""
+
+    def search(self, parameters: Array, gradient: Array, compute: Callable[[int, int], float], rows: int, *,
+               method: str, history: int, searches: int, portions: int | None = None) -> None:
+        """Where the exchange ``searches``: what a batch optimiser makes of a batch, see ``sandblaster.py``.
+
+        Parameters
+        ----------
+        parameters : array (size,), float32
+            Afterwards what the batch has come to, or one of the points that the next batch tries.
+        gradient : array (size,), float32
+            Work space.
+        compute : callable
+            Given two rows of the batch, leaves in ``gradient`` the sum over the rows from the first to before the
+            second of minus the gradient of the loss at ``parameters``; returns the sum of the loss.
+        rows : int
+            Of the batch, which is the same on all replicas.
+        method, history, searches
+            See ``batch.Minimiser``; iterations of this batch.
+        portions : int, optional
+            Into how many the batch is cut; default: some for each replica.
+        """
+        raise NotImplementedError
 
     def meet(self, parameters: Array) -> None:
         """End of an epoch: every change is in, and all leave with equal parameters: those to be measured and saved.

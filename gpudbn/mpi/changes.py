@@ -29,6 +29,7 @@ ENCODING = 1
 BYTES = 2  # of the payload
 TURN = 3  # which turn of the run it is of, so that no turn is applied twice
 EXPONENT = 4  # float16: of the power of two
+LOSS = 4  # of a portion: see ``sandblaster.py``; the bits of a float64
 ENCODINGS = ("dense", "float16", "bfloat16", "factored")
 DENSE, FLOAT16, BFLOAT16, FACTORED = range(len(ENCODINGS))
 NO_TURN = -1  # a change that is of no turn

@@ -101,10 +101,14 @@ class ServerEnd:
     def publish(self, header: np.ndarray, parameters: Array) -> None:  # noqa: ARG002 - ``answer`` copies them
         """Free the mailboxes of what was taken. Parameters are copied when somebody asks."""
         with span("publish"):
-            for replica in self._taken:
-                if replica not in self._shut:
-                    self._post(replica)
-                    self._reply(replica, (GO_ON, FREED))
+            self.free()
+
+    def free(self) -> None:
+        """Free the mailboxes of what was taken."""
+        for replica in self._taken:
+            if replica not in self._shut:
+                self._post(replica)
+                self._reply(replica, (GO_ON, FREED))
         self._taken.clear()
 
     def shut(self, replica: int) -> None:

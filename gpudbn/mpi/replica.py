@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from gpudbn.mpi import changes
 from gpudbn.mpi import server as to
 from gpudbn.mpi.collective import Together
 from gpudbn.mpi.hub import unpack
+from gpudbn.mpi.sandblaster import EACH, OVER, Batch, Ticket
 from gpudbn.mpi.server import Header, cuts
 from gpudbn.mpi.staged import ANSWER, REFUSED, ReplicaEnd
 from gpudbn.mpi.wire import LONGEST_PAUSE, AgreedError, Wire
@@ -129,6 +130,7 @@ class Asynchronous(Together):
     """
 
     shards_rows = True
+    searches = True
 
     def __init__(self, world: Wire, replicas: Wire, links: Sequence[Link], *,
                  max_staleness: int | None = None) -> None:
@@ -141,6 +143,7 @@ class Asynchronous(Together):
         self._next_turn = 0  # the first of the next epoch
         self._turn = changes.NO_TURN
         self._behind = False  # whether others had time to go on while I waited
+        self._batches = 0  # that a batch optimiser has had
 
     def begin(self, parameters: Array) -> None:
         if parameters.dtype != np.float32 or parameters.ndim != 1:
@@ -226,6 +229,24 @@ class Asynchronous(Together):
         self._drain()
         self._pull(parameters)
         before[...] = parameters
+
+    def search(self, parameters: Array, gradient: Array, compute: Callable[[int, int], float], rows: int, *,
+               method: str, history: int, searches: int, portions: int | None = None) -> None:
+        batch = Batch(self._batches, rows, min(portions or EACH * self.replicas, rows), method, history, searches)
+        self._batches += 1
+        evaluation = -1  # of which I have the parameters
+        while True:
+            answer = self._admitted(self.links[0].ask(to.CLAIM, batch.pack()))
+            if answer == OVER:
+                break
+            ticket = Ticket.unpack(answer)
+            if ticket.evaluation != evaluation:
+                evaluation = ticket.evaluation
+                self._pull(parameters)
+            loss = compute(*batch.span(ticket.portion))
+            for link, part in reversed(list(zip(self.links, self._cuts, strict=True))):  # see ``sandblaster.py``
+                link.end.push(ticket.label(loss, gradient[part].nbytes), gradient[part])
+        self._pull(parameters)
 
     def meet(self, parameters: Array) -> None:
         with span("meet"):

@@ -1,7 +1,8 @@
 """A parameter server: takes changes out of mailboxes as they arrive, publishes what comes of them.
 
-There may be several, each with its shard of the parameters (``cuts``): they know nothing of one another. A server has
-a ``Store`` for each part of a replica of whose parameters it holds some: for one, where replicas are whole.
+There may be several, each with its shard of the parameters (``cuts``): they know nothing of one another, but for a
+batch optimiser at the first (``sandblaster.py``). A server has a ``Store`` for each part of a replica of whose
+parameters it holds some: for one, where replicas are whole.
 A change is applied once in each store, whatever dies: ``ledger.py``.
 
 It knows vectors and a step rule (``rules.py``), not what they mean; how changes and parameters travel is the
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from gpudbn.mpi import changes
 from gpudbn.mpi.hub import Hub, pack
 from gpudbn.mpi.ledger import Epoch, Ledger
 from gpudbn.mpi.rules import Rule
+from gpudbn.mpi.sandblaster import COMMAND, RESULT, Coordinator, Shard
 from gpudbn.mpi.staged import ANSWER, ASK, ServerEnd
 from gpudbn.mpi.wire import AgreedError, RanksLostError, Wire
 from gpudbn.tracing import span
@@ -40,6 +43,7 @@ MORE = 17  # my turns are done: first turn and turns of a shard in this epoch
 LEAVE = 18  # I cannot go on, and why
 GO = 22  # may I begin a turn of my own? First turn and turns of a shard, turns I have done, ``ahead``, ``warm``
 NO_MORE = -1  # in the place of a turn
+CLAIM = 23  # give me a portion of this batch: see ``sandblaster.py``
 
 LONGEST_PAUSE = 0.25e-3  # seconds; where MPI needs the server to move data, each step of a push may wait that long
 LINE = 16  # float32 of a cache line
@@ -109,7 +113,9 @@ class Store:
         As it will be published next.
     ledger : Ledger
     refused : array (replicas,), int64
-        Changes of turns that were done already.
+        Changes of turns, or portions, that were done already.
+    shard : Shard or None
+        In a phase of a batch optimiser: takes portions of gradients in the place of changes.
     asked : int
         Reads by message.
     finished : set of int
@@ -125,6 +131,7 @@ class Store:
         self.refused = np.zeros(self.replicas, np.int64)
         self.asked = 0
         self.finished: set[int] = set()
+        self.shard: Shard | None = None
         self._first = 0
 
     def begin(self, content: bytes) -> None:
@@ -132,6 +139,7 @@ class Store:
         self.parameters = self.end.empty(len(content) // 4)
         self.parameters[...] = module_of(self.parameters).asarray(np.frombuffer(content, np.float32))
         self.rule.begin(self.parameters, self.replicas)
+        self.shard = None
         self.publish()
 
     def publish(self) -> None:
@@ -150,7 +158,10 @@ class Store:
             order = sorted(full, key=lambda replica: (replica - self._first) % self.replicas)
             self._first = order[0] + 1  # of several that are full at once, another goes first next time
             bad = [replica for replica in order if not self._apply(replica)]
-            self.publish()
+            if self.shard:
+                self.end.free()
+            else:
+                self.publish()
         return bad
 
     def _apply(self, replica: int) -> bool:
@@ -158,6 +169,9 @@ class Store:
         header, label = self.header, self.end.label(replica)
         self.end.taken(replica)
         header.applied[replica] += 1
+        if self.shard:
+            self.refused[replica] += not self.shard.take(label, self.end.payload(replica))
+            return True
         turn = int(label[changes.TURN])
         if turn != changes.NO_TURN and self.ledger.done(turn, 1)[0]:
             self.refused[replica] += 1
@@ -202,12 +216,14 @@ class Server:
     world : Wire
         All ranks: other servers, too.
     stores : sequence of Store
+    peers : Wire, optional
+        The servers, where there are several.
     """
 
     transport = ""  # which, and why so, in a few words
 
-    def __init__(self, world: Wire, stores: Sequence[Store]) -> None:
-        self.world, self.stores = world, stores
+    def __init__(self, world: Wire, stores: Sequence[Store], peers: Wire | None = None) -> None:
+        self.world, self.stores, self.peers = world, stores, peers
         self.replicas = stores[0].replicas
         world.label = world.peers[world.rank].role
         self.lost: list[int] = []
@@ -218,6 +234,7 @@ class Server:
         self._epoch: Epoch | None = None
         self._idle: list[int] = []  # replicas that wait for a turn
         self._held: dict[int, list[int]] = {}  # those that have turns and must wait; turns done, ``ahead``, ``warm``
+        self._coordinator: Coordinator | None = None  # in a phase of a batch optimiser
 
     def agree(self, error: str | None) -> None:
         """Before ``serve``: raise on all ranks if one has an error; see ``Exchange.agree``."""
@@ -239,19 +256,23 @@ class Server:
             If no replica is left.
         """
         self.world.tally.enter("waiting")
-        pause = self.world.pause(LONGEST_PAUSE)
-        while any(len(store.finished.union(self.lost)) < self.replicas for store in self.stores):
-            if sum(map(self._receive, self.stores)) + self._take() + self._settle():
-                pause.reset()
-            else:
-                pause()
-        if not any(store.finished for store in self.stores):
-            raise LostError("replicas: at least one must live; got all lost")
+        self._until(lambda: all(len(store.finished.union(self.lost)) == self.replicas for store in self.stores))
         for store, replica in self._left:
             self._send(store, replica, b"")
         report = self.report()
         self.world.close()
         return report
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        """Do as messages say and take what is pushed, until a condition holds."""
+        pause = self.world.pause(LONGEST_PAUSE)
+        while not done():
+            if sum(map(self._receive, self.stores)) + self._obey() + self._take() + self._settle():
+                pause.reset()
+            else:
+                pause()
+            if len(self.lost) == self.replicas:
+                raise LostError("replicas: at least one must live; got all lost")
 
     def report(self) -> dict[str, Any]:
         """What this server did so far, in all its stores.
@@ -260,8 +281,8 @@ class Server:
         -------
         dict
             ``role``, ``number``, and what ``Tally.about`` tells; ``applied`` (changes of each replica), ``refused``
-            (those among them of turns that others had done), ``version``, ``staleness`` (histogram), ``asked`` (reads
-            by message), ``lost`` (replicas).
+            (those among them of turns or portions that others had done), ``version``, ``staleness`` (histogram),
+            ``asked`` (reads by message), ``evaluations`` (of a batch optimiser), ``lost`` (replicas).
         """
         def total(values: Any) -> Any:
             return np.sum([values(store) for store in self.stores], axis=0).tolist()
@@ -270,7 +291,7 @@ class Server:
                 "applied": total(lambda store: store.header.applied), "refused": total(lambda store: store.refused),
                 "version": total(lambda store: store.header.version[0]),
                 "staleness": total(lambda store: store.header.staleness), "asked": total(lambda store: store.asked),
-                "lost": self.lost}
+                "evaluations": self.stores[0].shard.evaluation if self.stores[0].shard else 0, "lost": self.lost}
 
     def _take(self) -> bool:
         """Apply what lies in all mailboxes. Whether there was anything."""
@@ -290,6 +311,22 @@ class Server:
             for rank in error.ranks:
                 self._lose(store, rank - 1, "died")
         return message is not None
+
+    def _obey(self) -> bool:
+        """Do as the coordinator at the first server says, if it says something."""
+        if self.peers is None or self.peers.rank == 0 or not self.peers.incoming():
+            return False
+        command = json.loads(self.peers.recv_bytes(0, COMMAND))
+        self.peers.send_bytes(json.dumps(self._shard().do(command)).encode(), 0, RESULT)
+        return True
+
+    def _shard(self) -> Shard:
+        """My part of the vectors of a batch optimiser: replicas are whole."""
+        store = self.stores[0]
+        if store.shard is None:
+            store.shard = Shard(store.parameters, store.wire, store.publish, self._until)
+            self._coordinator = None
+        return store.shard
 
     def _answer(self, store: Store, source: int, tag: int) -> None:
         """Receive a message and do as it says."""
@@ -317,15 +354,28 @@ class Server:
             store.finished.add(replica)
         elif tag in (KEEP, RESTORE):
             store.tell_rule(replica, tag)
-        elif tag == MORE:
-            self._open(*np.frombuffer(content, np.int64).tolist())
-            self._idle.append(replica)
-        elif tag == GO:
-            first, each, *self._held[replica] = np.frombuffer(content, np.int64).tolist()
-            self._open(first, each)
+        elif tag in (MORE, GO, CLAIM):
+            self._wants(replica, tag, content)
         else:
             self._chief_only = tag == COLLECT
             self._hub.come(replica, content)
+
+    def _wants(self, replica: int, tag: int, content: bytes) -> None:
+        """A replica asks for work: ``_settle`` answers."""
+        if tag == CLAIM:
+            self._take()  # what it has pushed is counted
+            shard = self._shard()
+            if self._coordinator is None:
+                self._coordinator = Coordinator(shard, self.peers, self._until, self.world.clock,
+                                                partial(self._send, self.stores[0]))
+            self._coordinator.come(replica, content)
+            return
+        first, each, *held = np.frombuffer(content, np.int64).tolist()
+        self._open(first, each)
+        if tag == MORE:
+            self._idle.append(replica)
+        else:
+            self._held[replica] = held
 
     def _open(self, first: int, each: int) -> None:
         """Begin the epoch of which a message speaks, if it has not begun."""
@@ -359,7 +409,7 @@ class Server:
                 did = True
                 del self._held[replica]
                 self._send(first, replica, np.int64(allowed).tobytes())
-        return did
+        return bool(self._coordinator and self._coordinator.settle()) or did
 
     def _send(self, store: Store, replica: int, content: bytes) -> None:
         try:
@@ -384,6 +434,8 @@ class Server:
         if replica in self._idle:
             self._idle.remove(replica)
         self._held.pop(replica, None)
+        if self._coordinator:
+            self._coordinator.lose(replica)
         if self.world.rank == 0:
             sys.stderr.write(f"{store.wire.peers[replica + 1]} {why}; {len(self._hub.living)} of {self.replicas} "
                              "replicas go on, with its rows\n")

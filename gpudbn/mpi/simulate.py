@@ -30,7 +30,7 @@ from gpudbn.mpi.machine import Machine
 from gpudbn.mpi.server import Server
 from gpudbn.mpi.virtual import VirtualWire, run
 from gpudbn.pretrain import Phase
-from gpudbn.settings import Settings
+from gpudbn.settings import BATCH_OPTIMISERS, Settings
 
 ROWS = {"update": 1, "sums": 2, "step": 1, "measure": 1}  # which argument of a phase's method says how many rows
 
@@ -128,7 +128,8 @@ class _Timed(Training):
 
     def _make_phase(self) -> Phase:
         phase = super()._make_phase()
-        for name in ROWS:
+        searches = self.index >= self.depth and self.settings.optimiser in BATCH_OPTIMISERS
+        for name in ROWS.keys() - ({"update"} if searches else set()):  # whose update is as many sums as it takes
             setattr(phase, name, partial(self._take_time, getattr(phase, name), name))
         return phase
 

@@ -116,6 +116,10 @@ class ServerEnd:
             self.window.sync()
             self._turn[0] = turn + 2
             self.window.sync()  # before ``freed`` says so
+        self.free()
+
+    def free(self) -> None:
+        """Free the mailboxes of what was taken, though nothing is published."""
         self._freed[:] = np.where(self._closed, CLOSED, self._taken)
 
     def shut(self, replica: int) -> None:
