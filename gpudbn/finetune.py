@@ -16,12 +16,13 @@ replicas compute portions of it instead (``mpi/sandblaster.py``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from gpudbn.arrays import Array
-from gpudbn.batch import Arrays, Minimiser
+from gpudbn.batch import Arrays, Iteration, Minimiser
 from gpudbn.dbn import DBN, product, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
@@ -226,13 +227,17 @@ class FinetunePhase(Phase):
     def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one; or the line searches on this batch."""
         if self.rule is None:
-            self._given = rows, piece
-            self.minimiser.forget()
-            for _ in self.minimiser.run(self.settings.line_searches):
+            for _ in self.search(rows, piece):
                 pass
             return
         self.sums(self.gradient.flat, rows, piece)
         self.step(self.gradient.flat, len(piece.positions))
+
+    def search(self, rows: Source, piece: Piece) -> Iterator[Iteration]:
+        """The line searches of a batch optimiser on one batch."""
+        self._given = rows, piece
+        self.minimiser.forget()
+        yield from self.minimiser.run(self.settings.line_searches)
 
     def _objective(self) -> float:
         """Mean loss of the batch with its decay; the gradient of that goes to ``total``."""

@@ -294,7 +294,8 @@ def test_several_replicas_and_a_fixed_order_are_refused():
         replicas = 2
 
     data = load_data("digits", quiet=True)
-    with pytest.raises(UserError, match="--optimiser: must be adam, adagrad or sgd with several replicas; got cg"):
+    with pytest.raises(UserError, match="--optimiser: must be adam, adagrad or sgd with several replicas in --mode "
+                                        "async; got cg and 2"):
         Training(DBN([64, 5]), data, Settings(layers=(5,), optimiser="cg"), Two())
     with pytest.raises(UserError, match="--optimiser: must be adam, adagrad or sgd with --order fixed; got lbfgs"):
         Settings(optimiser="lbfgs", order="fixed")
