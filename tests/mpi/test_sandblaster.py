@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from gpudbn.arrays import to_cpu
 from gpudbn.dbn import DBN
 from gpudbn.errors import LostError, NonFiniteError, UserError
 from gpudbn.loop import Training
 from gpudbn.mpi import Plan, join, sandblaster
 from gpudbn.mpi.costs import Compute, Costs
 from gpudbn.mpi.machine import Machine
-from gpudbn.mpi.sandblaster import Batch, Portions, Sum, Ticket
+from gpudbn.mpi.sandblaster import OVER, Batch, Coordinator, Portions, Shard, Sum, Ticket
 from gpudbn.mpi.server import Server
 from gpudbn.mpi.simulate import simulate
+from gpudbn.mpi.tally import Tally
 from gpudbn.mpi.virtual import run
+from tests.conftest import mpi_wheels
 from tests.helpers import assert_close, assert_notices
+from tests.mpi.job import good_job
+from tests.pretend_cupy import installed
 from tests.test_batch import logistic
 from tests.test_loop import small_data, small_settings, timeless, training
 
@@ -322,6 +329,44 @@ def test_portions_follow_the_number_of_replicas():
     assert sum(found.computed) - sum(found.reports[0]["refused"]) == found.reports[0]["evaluations"] * 24
 
 
+def by_hand(xp):
+    """What a batch comes to at a server whose vectors are of this module, its portions in any order, some again.
+
+    And how many came.
+    """
+    x, answers, rng, came = xp.zeros(COLUMNS, np.float32), [], np.random.default_rng(4), itertools.count()
+    batch, problem = Batch(0, ROWS, 13, "lbfgs", 5, 6), Logistic()
+
+    def until(done):
+        while not done():
+            portion = int(rng.integers(batch.portions))
+            gradient, loss = problem.sums(to_cpu(x), *batch.span(portion))
+            payload = xp.asarray(gradient.astype(np.float32)).view(np.uint8)
+            label, new = Ticket(shard.evaluation, portion).label(loss, payload.nbytes), not shard.sum.done[portion]
+            assert shard.take(label, payload) == new
+            next(came)
+
+    wire = SimpleNamespace(tally=Tally(), worked=lambda what, nbytes: None)  # noqa: ARG005
+    shard = Shard(x, wire, lambda: None, until)
+    coordinator = Coordinator(shard, None, until, lambda: 0.0, lambda *answer: answers.append(answer))
+    coordinator.come(2, batch.pack())
+    assert coordinator.settle()
+    assert answers == [(2, OVER)]
+    return x, next(came)
+
+
+def test_vectors_stay_on_a_gpu():
+    expected, _ = by_hand(np)
+    assert_close(expected, alone(Logistic(), rows=(ROWS,)), atol=2e-5)
+    with installed() as device:
+        import cupy
+
+        found, came = by_hand(cupy)
+        crossed = [way for way, _, size in device.copied if size >= COLUMNS]
+        assert crossed.count("to host") == crossed.count("to device") == came, "x to each portion, its gradient back"
+        assert_close(to_cpu(found), expected, atol=1e-6)
+
+
 # -- whole runs -----------------------------------------------------------------------------------
 
 LAYER = Compute(update=(2e-3, 1e-4), sums=(1e-3, 1e-4), step=(5e-4, 0.0), measure=(0.0, 1e-5))
@@ -424,3 +469,53 @@ def test_logistic_is_the_problem_of_the_batch_optimisers():
     value, g = objective(start + 0.1)
     assert_close(loss / ROWS, value, atol=1e-12)
     assert_close(gradient / -ROWS, g, atol=1e-12)
+
+
+# -- real jobs ------------------------------------------------------------------------------------
+
+
+def real(replicas, *, servers=1, survive=False, **options):
+    """A job of ``programs/sandblaster.py``: the reports of its servers, and of its replicas by their numbers."""
+    said = good_job(servers + replicas, "sandblaster", json.dumps({"servers": servers, **options}), survive=survive)
+    found = {"server": [], "replica": {}}
+    for line in said.splitlines():
+        kind, _, report = line.strip().partition(" ")
+        if kind == "server":
+            found[kind].append(json.loads(report))
+        elif kind == "replica":
+            found[kind][json.loads(report)["replica"]] = json.loads(report)
+    assert len(found["server"]) == servers
+    return found["server"], found["replica"]
+
+
+@pytest.mark.mpi
+def test_real_ranks_have_the_bits_of_those_in_virtual_time():
+    servers, replicas = real(2, servers=2, method="cg")
+    for report in replicas.values():
+        assert np.array_equal(report["x"], Job(1, 2, method="cg").x)
+    assert [sum(r["applied"]) - sum(r["refused"]) for r in servers] == [13 * servers[0]["evaluations"]] * 2
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(any("mpich" in wheel for wheel in mpi_wheels()), reason="MPICH ends a job of which a rank dies")
+@pytest.mark.parametrize(("where", "turn"), [("compute", 5), ("between", 9)])
+def test_a_replica_that_is_killed_in_a_batch_changes_no_bit(where, turn):
+    """What it has given to one of two servers only counts there, and is not counted again."""
+    servers, replicas = real(3, servers=2, survive=True, kill={1: [where, turn]}, pace=1e-3)
+    assert sorted(replicas) == [0, 2]
+    for report in replicas.values():
+        assert np.array_equal(report["x"], Job(1, 2).x)
+    for report in servers:
+        assert report["lost"] == [1]
+        assert sum(report["applied"]) - sum(report["refused"]) == 13 * report["evaluations"]
+    assert servers[1]["applied"][1] - servers[0]["applied"][1] == (where == "between")
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_a_replica_ten_times_slower_costs_no_time():
+    without, found = real(2, pace=0.02), real(3, pace=0.02, slow={2: 0.2})
+    assert found[1][0]["seconds"] < 1.3 * without[1][0]["seconds"]
+    assert found[1][2]["computed"] < found[1][0]["computed"] / 4
+    assert found[1][0]["x"] == without[1][0]["x"]
+    print({replica: report["seconds"] for replica, report in found[1].items()}, without[1][0]["seconds"])
