@@ -266,7 +266,7 @@ class Training:
         self.epoch, self.position = self.epoch + 1, 0
         record = {"phase": phase.name, **({"layer": self.index + 1} if phase.layer is not None else {}),
                   "epoch": self.epoch, "update": self.updates, "path": str(self.paths[self.index]), **rates,
-                  **({"push": self.exchange.packed} if self.exchange.packed else {}),
+                  **({"push": self.exchange.packed} if self.exchange.packed and self._own_rows else {}),
                   **self._measure(phase)}
         self.seconds += self.exchange.clock() - started
         self._remember(phase, record)

@@ -256,7 +256,7 @@ class Settings:
         """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""
         steps = (f"--server-rule {self.server_rule}" if self.server_rule != "sgd" else
                  f"--staleness {self.staleness}" if self.staleness == "compensate" else None)
-        for name in ("server_rule", "staleness", "push", "overlap", "max_staleness", "warm_start"):
+        for name in ("server_rule", "staleness", "push", "overlap", "max_staleness", "warm_start", "portions"):
             value = getattr(self, name)
             if self.mode != "async" and value != FIELDS[name].default:
                 raise UserError(f"--mode: must be async with {flag(name)} {value}, since others have no servers; "

@@ -28,7 +28,7 @@ from gpudbn._command import load_data
 from gpudbn.errors import UserError
 from gpudbn.mpi import chosen, join, launch
 from gpudbn.mpi.costs import Compute, Costs, Hop
-from gpudbn.settings import Settings, from_toml
+from gpudbn.settings import BATCH_OPTIMISERS, Settings, from_toml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,8 +159,11 @@ def compute(settings: Settings) -> dict[str, Any]:
     from gpudbn.dbn import DBN
     from gpudbn.feed import feed_of
     from gpudbn.loop import MEASURED, Training
+    from gpudbn.memory import AT_ONCE_ROWS
     from gpudbn.mpi.alone import Alone
 
+    if settings.optimiser in BATCH_OPTIMISERS:  # made of sums, as those of any other
+        settings = replace(settings, optimiser="sgd", finetune_batch=min(settings.finetuning_batch, AT_ONCE_ROWS))
     data, labelled = load_data(settings, quiet=True)
     training = Training(DBN([data.train.n, *settings.layers]), data, settings, Alone(), labelled=labelled)
     clock = time.perf_counter if (settings.threads or 1) > 1 else time.process_time

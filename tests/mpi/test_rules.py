@@ -160,7 +160,8 @@ def test_where_servers_make_the_steps_those_of_replicas_are_plain():
             assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("other", [{"server_rule": "momentum"}, {"staleness": "divide"}, {"push": "float16"}])
+@pytest.mark.parametrize("other", [{"server_rule": "momentum"}, {"staleness": "divide"}, {"push": "float16"},
+                                   {"portions": 16}])
 def test_what_servers_do_is_refused_where_there_are_none(other):
     for mode in ("sync", "local"):
         with pytest.raises(UserError, match=f"^--mode: must be async with --.*; got {mode}$"):

@@ -409,6 +409,7 @@ def test_pretraining_stays_asynchronous(options):
     assert first.records == second.records
     assert [r["phase"] for r in first.records] == ["pretrain"] * 6 + ["finetune"] * 2 + ["test"]
     assert sum(first.servers[0]["staleness"]) == first.servers[0]["version"] > 0
+    assert [r.get("push") for r in first.records] == [options.get("push", "dense")] * 6 + [None] * 3
     assert first.servers[1]["evaluations"] == first.servers[0]["evaluations"] >= 2 * 3 * 4
 
 
@@ -452,11 +453,11 @@ def test_a_slow_replica_in_a_whole_run():
 def test_replicas_without_servers_are_refused(mode):
     with pytest.raises(UserError, match=f"--optimiser: must be adam, adagrad or sgd with several replicas in --mode "
                                         f"{mode}; got lbfgs and 2. Use --mode async"):
-        simulated(2, mode=mode)
+        simulated(2, mode=mode, portions=None)
 
 
 def test_the_time_of_one_process_is_that_of_its_evaluations():
-    one = simulated(1, mode="sync", epochs=0, finetune_batch=51, line_searches=4, finetune_epochs=1, servers=1)
+    one = simulated(1, mode="sync", epochs=0, finetune_batch=51, line_searches=4, finetune_epochs=1, portions=None)
     evaluations = (one.records[0]["seconds"] - 61 * 1e-5) / (1e-3 + 51e-4)
     assert_close(evaluations, round(evaluations), atol=0.2)
     assert 5 <= round(evaluations) <= 20

@@ -252,6 +252,13 @@ def test_calibration_measures_the_phases_of_the_run(monkeypatch):
             assert 0 < phase.seconds(what, 200) < 1
 
 
+def test_calibration_for_a_batch_optimiser(monkeypatch):
+    monkeypatch.setattr(calibrate, "SECONDS", 0)
+    found = calibrate.compute(small_settings(data="digits", layers=(5,), optimiser="cg", finetune_batch=5000))
+    sums = Compute(**found["phases"][1]).sums
+    assert 0 < sums[0] + 100 * sums[1] < 1
+
+
 def test_calibration_leaves_what_is_known(monkeypatch):
     asked = []
 
