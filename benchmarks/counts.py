@@ -23,10 +23,11 @@ OWN = {"fp32": 1, "bf16x2": 2, "bf16": 1}  # products that are made of one; samp
 def launches(path: str, k: int = 1) -> int:
     """Launches of an update: a gather, 1 + 2 k half-steps and the gradient with its step.
 
-    Without kernels a half-step with a sample is eight launches, one without six, and gradient and step are sixteen.
+    Without kernels a half-step is six launches and the draw of its sample 109, of which each round of Philox is ten;
+    the gather is three, and gradient and step are sixteen.
     """
     if path == "unfused":
-        return 1 + 8 * 2 * k + 6 + 16
+        return 3 + (6 + 109) * 2 * k + 6 + 16
     return 1 + (1 + 2 * k) + 1
 
 
@@ -39,7 +40,7 @@ def megabytes(path: str, n: int, m: int, B: int, k: int = 1) -> float:
     products = (1 + 2 * k) * (weights + v + h)
     step = 2 * (v + h) + 4 * weights
     if path == "unfused":  # passes over what a kernel keeps in registers
-        drawn, mean = 10, 9
+        drawn, mean = 140, 9  # with a sample: the rounds of Philox read and write integers of 64 bits
         return 1e-6 * (2 * v + products + drawn * k * (v + h) + mean * h + step + 6 * weights + 4 * h)
     return 1e-6 * (2 * v + products + step)
 

@@ -58,26 +58,26 @@ def replica_row(replica: int) -> int:
 
 
 def philox4x32(counter, key):
-    """Philox4x32-10 on arrays of counters: the specification, as the paper has it.
+    """Philox4x32-10 on arrays of counters: the specification, as the paper has it; and what CuPy alone draws with.
 
     Parameters
     ----------
-    counter : four arrays of uint32, broadcast together
+    counter : four arrays of uint64, of any array module, or integers; below 2**32
+        Shapes that broadcast.
     key : two integers below 2**32
 
     Returns
     -------
-    four arrays of uint32
+    four arrays of uint64, below 2**32
     """
-    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in np.broadcast_arrays(*counter))
-    k0, k1 = int(key[0]), int(key[1])
+    (c0, c1, c2, c3), (k0, k1) = counter, (int(k) for k in key)
     low, half = np.uint64(_LOW), np.uint64(32)
     for _ in range(10):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1 = (p1 >> half) ^ c1 ^ np.uint64(k0), p1 & low
         c2, c3 = (p0 >> half) ^ c3 ^ np.uint64(k1), p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
+    return c0, c1, c2, c3
 
 
 class _Stream(threading.local):
@@ -180,8 +180,13 @@ def normals(out, *, seed, update, site, row=0, column=0, columns=None, clock=Non
     u = np.empty((rows, m + m % 2), np.float32)
     columns = column + m if columns is None else columns
     uniforms(u, seed=seed, update=update, site=site, row=row, column=column, columns=columns + columns % 2, clock=clock)
-    radius = np.sqrt(-2 * np.log1p(-u[:, 0::2].astype(np.float64)))
+    return box_muller(out, u)
+
+
+def box_muller(out, u, xp=np):
+    """``out`` (B, m) <- the normals of ``normals`` from uniforms ``u`` (B, m or m + 1), of an array module."""
+    radius = xp.sqrt(-2 * xp.log1p(-u[:, 0::2].astype(np.float64)))
     angle = 2 * np.pi * u[:, 1::2].astype(np.float64)
-    out[:, 0::2] = radius * np.cos(angle)
-    out[:, 1::2] = (radius * np.sin(angle))[:, : m // 2]
+    out[:, 0::2] = radius * xp.cos(angle)
+    out[:, 1::2] = (radius * xp.sin(angle))[:, : out.shape[1] // 2]
     return out

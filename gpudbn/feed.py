@@ -106,7 +106,7 @@ class Resident(Feed):
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         xp = module_of(rows.array)
-        self.xp, self.twins = xp, twins_of(rows.array)
+        self.xp = xp
         self.order = xp.empty(len(rows), np.int64)
         self.labels = None if rows.labels is None else xp.empty(len(rows), rows.labels.dtype)
 
@@ -117,8 +117,8 @@ class Resident(Feed):
         return Span(0, len(order))
 
     def take(self, positions: Span, out: Array) -> None:
-        self.twins.gather(out, self.rows.array, self.order, first=positions.first, scale=self.rows.scale,
-                          offset=positions.turn)
+        twins_of(out, self.rows.array).gather(out, self.rows.array, self.order, first=positions.first,
+                                              scale=self.rows.scale, offset=positions.turn)
 
     def take_labels(self, positions: Span) -> Array:
         if self.labels is None:
@@ -161,7 +161,6 @@ class Streamed(Feed):
         super().__init__(rows)
         self.xp: Any = xp
         self.sides = [Side(xp, at_once, rows) for _ in range(2)]
-        self.twins = twins_of(self.sides[0].arrays[0][1])
         self.copying = self.xp.cuda.Stream(non_blocking=True)
         self.order = np.empty(0, np.int64)
 
@@ -198,7 +197,7 @@ class Streamed(Feed):
 
     def take(self, positions: Span, out: Array) -> None:
         there = self.sides[self.side].arrays[0][1]
-        self.twins.gather(out, there, None, first=self._within(positions), scale=self.rows.scale)
+        twins_of(out, there).gather(out, there, None, first=self._within(positions), scale=self.rows.scale)
 
     def take_labels(self, positions: Span) -> Array:
         arrays, first = self.sides[self.side].arrays, self._within(positions)

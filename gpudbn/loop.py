@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpudbn import __version__, trials
+from gpudbn import __version__, cuda, trials
 from gpudbn.arrays import Array, device_versions, is_gpu, to_cpu
 from gpudbn.autoencoder import AutoencoderPhase
 from gpudbn.cuda.wgmma import tiles
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 
 PROBE = 2000  # rows on which a layer is measured
 TIMED_BY = ("batch", "method", "k", "binarise", "data_hidden", "last_hidden", "reconstruction", "up", "momentum",
-            "centring", "sparsity_target")  # settings on which the time of an update depends
+            "centring", "sparsity_target")  # settings on which the time of a layer's update depends
+TUNED_BY = ("finetune", "finetuning_batch", "optimiser", "line_searches", "dropout", "input_dropout", "code")
 FINITE = 2**64 - 1  # the flag as long as everything was finite
 
 
@@ -338,18 +340,20 @@ class Training:
 
     def _settled(self, feed: Feed) -> Path:
         """The path of the phase that begins: as before a stop, or the quickest of those to be timed."""
-        s, path = self.settings, self.paths[self.index]
-        if not path.rivals or self.epoch >= s.of_layer("epochs", self.index):
+        s, path, layer = self.settings, self.paths[self.index], self.index < self.depth
+        if not path.rivals or self.epoch >= (s.of_layer("epochs", self.index) if layer else s.finetune_epochs):
             return path
         kept = bytes(self._phase_arrays.get("path", np.empty(0, np.uint8))).decode()
         for rival in path.rivals:
             if kept.startswith(f"{rival.name} ("):
                 return replace(rival, why=kept[len(rival.name) + 2 : -1], rivals=path.rivals)
-        rbm = self.dbn.layers[self.index]
-        count = min(trials.updates_of((6 + 4 * s.k) * s.batch * rbm.n * rbm.m, self._turn()), len(feed.rows) // s.batch)
-        case = {"sizes": self.dbn.sizes[: self.index + 2], "updates": count, "rows": type(feed).__name__,
-                "kept": str(feed.rows.kept), "precision": rbm.precision, "gpudbn": __version__,
-                **{name: getattr(s, name) for name in TIMED_BY}, **device_versions(self.dbn.xp)}
+        sizes, batch = self.dbn.sizes[: self.index + 2], self._batch()
+        flops = (6 + 4 * s.k) * sizes[-2] * sizes[-1] if layer else 6 * sum(map(math.prod, itertools.pairwise(sizes)))
+        count = min(trials.updates_of(flops * batch, self._turn()), len(feed.rows) // batch)
+        case = {"sizes": sizes, "updates": count, "rows": type(feed).__name__, "kept": str(feed.rows.kept),
+                **({"precision": self.dbn.layers[0].precision} if layer else {"classes": self.labelled.classes}),
+                **{name: getattr(s, name) for name in (TIMED_BY if layer else TUNED_BY)},
+                **device_versions(self.dbn.xp), "gpudbn": __version__}
         times = trials.recalled(case, [rival.name for rival in path.rivals])
         failed: dict[str, str] = {}
         if times is None and count:
@@ -373,21 +377,14 @@ class Training:
 
     @contextmanager
     def trial(self, path: Path, feed: Feed, positions: Any, count: int) -> Iterator[Callable[[], None]]:
-        """A turn of so many updates of the current layer by a path, on parameters and chains that are thrown away.
+        """A turn of so many updates of the current phase by a path, on parameters and chains that are thrown away.
 
         To be called again and again: for each buffer of the feed the first is launched one by one, the second captured.
         """
-        s, xp, rbm = self.settings, self.dbn.xp, self.dbn.layers[self.index]
-        low, high = self._chain_range(s.batch)
-        scratch = RBM(rbm.n, rbm.m, xp, rbm.shards)
-        scratch.precision = rbm.precision
-        scratch.initialise(sd=s.initial_weights, seed=s.seed, layer=self.index)
         other = copy.copy(self)  # a run like this one
         other.dbn, other.paths, other.position = copy.copy(self.dbn), [path] * self.phases, 0
-        other.dbn.layers = [*self.dbn.layers[: self.index], scratch]
-        chains = xp.zeros((high - low, rbm.width), np.float32) if s.method == "pcd" else None
         with without_kernels(path.name == "unfused"):
-            phase = other._kind()(other.dbn, self.index, s, rows=self._widest(s.batch), chains=chains)
+            phase = other._layer_to_try() if self.index < self.depth else other._network_to_try()
             phase.begin_epoch(0)
             other.graphs = other._make_graphs(phase, feed)
             try:
@@ -395,17 +392,33 @@ class Training:
             finally:
                 other.graphs = None  # it knows the run that has it: their memory would wait for the collector
 
+    def _layer_to_try(self) -> Phase:
+        """The phase of the current layer, with new parameters in this run's stack."""
+        s, rbm = self.settings, self.dbn.layers[self.index]
+        scratch = RBM(rbm.n, rbm.m, self.dbn.xp, rbm.shards)
+        scratch.precision = rbm.precision
+        scratch.initialise(sd=s.initial_weights, seed=s.seed, layer=self.index)
+        self.dbn.layers = [*self.dbn.layers[: self.index], scratch]
+        low, high = self._chain_range(s.batch)
+        chains = self.dbn.xp.zeros((high - low, rbm.width), np.float32) if s.method == "pcd" else None
+        return self._kind()(self.dbn, self.index, s, rows=self._widest(s.batch), chains=chains)
+
+    def _network_to_try(self) -> Phase:
+        """The phase of fine-tuning, with a new network in this run's stack."""
+        self.dbn.classifier = self.dbn.autoencoder = None
+        return self._finetuning(self._widest(self._batch()))
+
     def _fits(self, index: int) -> bool:
         """Whether the parameters of a layer fit on the chip of this GPU."""
         rbm = self.dbn.layers[index]
-        return self.dbn.xp is not np and twins_of(rbm.W).cd_run_fits(
+        return self.dbn.xp is not np and cuda.gpu().cd_run_fits(
             rbm.n, rbm.m, self.settings.batch, momentum=any(self.settings.momentum))
 
     def _large(self, index: int) -> dict[str, Any]:
         """What decides whether a layer is large for this GPU."""
         if self.dbn.xp is np or index >= self.depth:
             return {}
-        rbm, rows, gpu = self.dbn.layers[index], self.settings.batch, twins_of(self.flag)
+        rbm, rows, gpu = self.dbn.layers[index], self.settings.batch, cuda.gpu()
         return {"architecture": gpu.architecture, "processors": gpu.processors,
                 "tiles": min(tiles(rows, rbm.n), tiles(rows, rbm.m), tiles(rbm.n, rbm.m))}
 

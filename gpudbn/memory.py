@@ -41,7 +41,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     precision = chosen(s.precision, tensor_cores=True)
     copies = {"bf16": 2, "bf16x2": 4}.get(precision, 0)  # bytes a weight, by wgmma
     copies *= s.kernels in ("auto", "predicted", "wgmma")
-    plain = s.kernels == "unfused" or (s.kernels == "auto" and precision == "fp32")
+    plain = (s.kernels == "unfused" or (s.kernels == "auto" and precision in ("fp32", "exact"))) * (
+        3 if precision == "exact" else 1)  # gradients in memory, and integers as float64
     persistent = s.kernels == "persistent" or (s.kernels == "auto" and precision == "bf16x2" and s.batch <= ROWS)
     phases = []
     for i, (n, m) in enumerate(pairs):
@@ -59,7 +60,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
             network = sum(n * m + m for n, m in [*pairs, (own[-1], classes)])
         # of the step rule, or what a batch optimiser names; then the gradient, and the best parameters
         state = {"adam": 2, "lbfgs": 2 * s.history + 8, "cg": 6}.get(s.optimiser, 1)
-        vectors = 2 + state + (1 if pieces == 1 else pieces + 1) + 3 * (s.kernels == "unfused")
+        vectors = 2 + state + (1 if pieces == 1 else pieces + 1) + 3 * (s.kernels in ("auto", "unfused"))
         rows = -(-s.finetuning_batch // pieces)
         if s.optimiser in BATCH_OPTIMISERS:
             rows = min(rows, AT_ONCE_ROWS)

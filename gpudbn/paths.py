@@ -11,7 +11,7 @@
 ``--precision`` promises, are its ``rivals``: they are timed on the device before the phase begins (``trials.py``), and
 the quickest is taken. So wgmma is a rival only with bf16, since of bf16x2 it splits the weights alone; persistent
 only with bf16x2, and not where data are neither samples nor whole numbers, since it rounds them to float16, and not to
-two bf16; and unfused only with fp32.
+two bf16; and unfused only with fp32 and exact.
 
 The last hidden means cross the chip as float16, too (``reference.as_half``), of which the log tells. They are off by at
 most 2^-12 + 2^-17, an eighth of what bf16 would lose, and sums of them over rows are exact; in the gradient of an
@@ -19,11 +19,11 @@ update this is 3e-4 of what chance makes it differ from seed to seed (tests/test
 
 Where nothing can be timed, and with ``predicted``, it is the first of ``ORDER`` that can be taken, wgmma only where
 each product of the layer has tiles for half of the processors. That order is a prediction, not yet measured on a GPU:
-CD-1 of 784 x 500 units with 100 rows is some 25 launches of CuPy, 4 of ours, at 4 to 10 us each from Python and
-about 1.3 us each in a graph, so some 110 to 140 us unfused, 20 to 40 fused and 13 to 18 as a graph. Where products
-take hundreds of microseconds the paths with kernels do not differ, and a graph costs nothing. There the products
-decide: on Hopper wgmma is expected to make them some 1.6 times as fast as older instructions on all processors, and
-slower with tiles for less than half.
+CD-1 of 784 x 500 units with 100 rows is some 250 launches of CuPy, most of them for draws, 5 of ours, at 4 to 10 us
+each from Python and about 1.3 us each in a graph, so more than a millisecond unfused, 20 to 50 fused and 13 to 18 as
+a graph. Where products take hundreds of microseconds the paths with kernels do not differ, and a graph costs nothing.
+There the products decide: on Hopper wgmma is expected to make them some 1.6 times as fast as older instructions on all
+processors, and slower with tiles for less than half.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Case:
     updates : int
         Equal updates of an epoch: those of full batches.
     precision : str
-        CuPy's operations have float32 alone, wgmma bf16 and bf16x2.
+        CuPy's operations have float32 and exact, wgmma bf16 and bf16x2.
     means : str or None
         An option under which states that are not samples cross the chip: ``--data-hidden mean``.
     rounded : str or None
@@ -113,7 +113,7 @@ class Path:
 
 def _against(name: str, case: Case) -> str | None:
     """Why a path cannot be taken, or None."""
-    if name == "unfused" and case.precision != "fp32":
+    if name == "unfused" and case.precision not in ("fp32", "exact"):
         return f"--precision {case.precision} is kernels'"
     if name == "wgmma":
         return _against_wgmma(case)
@@ -173,7 +173,7 @@ def _coarser(name: str, case: Case) -> bool:
 
 def _rivals(case: Case) -> tuple[Path, ...]:
     """The paths among which the device is to decide: two or more, or none. Replicas in step take the same."""
-    found = () if case.finetune or case.host_between else tuple(
+    found = () if case.host_between else tuple(
         _path(name, [], case) for name in RIVALS if _against(name, case) is None and not _coarser(name, case))
     return found if len(found) > 1 else ()
 

@@ -72,6 +72,7 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
     from gpudbn.loop import largest
     from gpudbn.mpi import chosen, connect
     from gpudbn.mpi.server import Server
+    from gpudbn.twins import without_kernels
 
     world = launch.world()
     ranks = world.size if world else 1
@@ -84,10 +85,11 @@ def train(settings: Settings, *, out: str | None = None, resume: str | None = No
         return largest(settings, data, labelled)
 
     exchange = connect(plan, prepare)
-    if isinstance(exchange, Server):
-        exchange.serve()
-        return 0
-    return _replica(settings, *loaded[0], exchange, out, resume)
+    with without_kernels(settings.kernels == "unfused"):  # for servers and pictures, too
+        if isinstance(exchange, Server):
+            exchange.serve()
+            return 0
+        return _replica(settings, *loaded[0], exchange, out, resume)
 
 
 def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchange: Exchange, out: str | None,

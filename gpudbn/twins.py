@@ -1,6 +1,6 @@
 """The one place that chooses between the twins: ``reference`` for NumPy arrays, a ``cuda.Launcher`` for CuPy's.
 
-Within ``without_kernels()`` arrays on a GPU get CuPy's own operations instead: ``Unfused``.
+Within ``without_kernels()`` arrays on a GPU get CuPy's own operations instead: ``unfused``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpudbn import cuda, reference
+from gpudbn import cuda, reference, unfused
 from gpudbn.arrays import Array, module_of
-from gpudbn.unfused import Unfused
 
 _unfused: ContextVar[bool] = ContextVar("unfused", default=False)
 
@@ -23,12 +22,12 @@ def twins_of(*arrays: Array) -> Any:
     """What has the functions that work on these arrays; the two have the same names and signatures."""
     if module_of(*arrays) is np:
         return reference
-    return Unfused(cuda.gpu()) if _unfused.get() else cuda.gpu()
+    return unfused if _unfused.get() else cuda.gpu()
 
 
 @contextmanager
 def without_kernels(really: bool = True) -> Iterator[None]:
-    """While it lasts, what is asked for on a GPU is ``Unfused``."""
+    """While it lasts, what is asked for on a GPU is ``unfused``."""
     before = _unfused.set(really)
     try:
         yield

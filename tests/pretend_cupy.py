@@ -462,15 +462,17 @@ class ufunc:  # noqa: N801 - CuPy's name
         return out
 
 
-UFUNCS = ("absolute", "add", "bitwise_and", "bitwise_or", "divide", "equal", "exp", "greater", "greater_equal",
-          "isfinite", "left_shift", "less", "less_equal", "log", "logaddexp", "maximum", "minimum", "multiply",
-          "negative", "not_equal", "power", "right_shift", "rint", "sqrt", "square", "subtract", "tanh")
+UFUNCS = ("absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "cos", "divide", "equal", "exp", "greater",
+          "greater_equal", "isfinite", "left_shift", "less", "less_equal", "log", "log1p", "logaddexp", "maximum",
+          "minimum", "multiply", "negative", "not_equal", "power", "right_shift", "rint", "sin", "sqrt", "square",
+          "subtract", "tanh")
 for _name in UFUNCS:
     globals()[_name] = ufunc(getattr(np, _name))
 
 OPERATORS = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "power",
-             "and": "bitwise_and", "or": "bitwise_or", "lshift": "left_shift", "rshift": "right_shift", "lt": "less",
-             "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}
+             "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "left_shift",
+             "rshift": "right_shift", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+             "eq": "equal", "ne": "not_equal"}
 
 
 def _operators():
@@ -569,6 +571,17 @@ def concatenate(tup, axis=0, out=None, *, dtype=None, casting="same_kind"):
     assert (axis, out, dtype, casting) == (0, None, None, "same_kind")
     device.work()
     return ndarray(np.concatenate([_array(a)._memory for a in tup]))
+
+
+def stack(tup, axis=0, out=None, *, dtype=None, casting="same_kind"):
+    assert (out, dtype, casting) == (None, None, "same_kind")
+    device.work()
+    return ndarray(np.stack([_array(a)._memory for a in tup], axis))
+
+
+def where(condition, x=None, y=None):
+    device.work()
+    return ndarray(np.where(_array(condition)._memory, _memory(x), _memory(y)))
 
 
 def packbits(a, axis=None, bitorder="big"):
@@ -672,8 +685,8 @@ cuda = SimpleNamespace(runtime=runtime, Device=_Device, Stream=Stream, Event=Eve
 random = SimpleNamespace(random=lambda size, dtype: ndarray(np.random.default_rng().random(size, dtype)))
 
 FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "concatenate", "copyto", "empty", "empty_like", "full",
-             "get_default_memory_pool", "matmul", "ones", "packbits", "sum", "tile", "unpackbits", "zeros",
-             "zeros_like")
+             "get_default_memory_pool", "matmul", "ones", "packbits", "stack", "sum", "tile", "unpackbits", "where",
+             "zeros", "zeros_like")
 _operators()
 
 

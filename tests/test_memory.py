@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpudbn import memory, train
+from gpudbn import memory, train, unfused
 from gpudbn.arrays import is_gpu
 from gpudbn.cuda.persistent import work_words
 from gpudbn.dbn import DBN
@@ -26,6 +26,7 @@ OPTIONS = [{"layers": (301,), "finetune_epochs": 0}, {"layers": (301, 211), "met
            {"layers": (7,), "batch": 51, "finetune_epochs": 0},
            {"layers": (301,), "order": "fixed", "finetune_epochs": 0},
            {"layers": (301,), "kernels": "unfused", "finetune_epochs": 0},
+           {"layers": (301,), "kernels": "unfused", "precision": "exact", "finetune_epochs": 0},
            {"layers": (301,), "kernels": "auto", "finetune_epochs": 0}]
 
 
@@ -36,9 +37,10 @@ def wide(**options):
 
 def check_sizes(options):
     settings = wide(**options)
-    with installed(10**9) as device:
+    with installed(10**9) as device, pytest.MonkeyPatch.context() as patch:
         import cupy
 
+        patch.setattr(unfused, "AT_ONCE", 1000)  # what a draw needs is in the reserve
         dbn, data = DBN([DATA.n, *settings.layers], cupy), DATA.to(cupy)
         before = device.held - sum(rbm.parameters.flat.nbytes for rbm in dbn.layers)
         list(Training(dbn, data, settings, Alone()).run())

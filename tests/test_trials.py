@@ -75,12 +75,14 @@ LAYER = Case("layer 1", precision="bf16x2", updates=600)
     ({"rounded": "--up mean"}, ["graph", "fused"]),
     ({"fits": False}, ["graph", "fused"]),
     ({"precision": "fp32"}, ["graph", "fused", "unfused"]),
+    ({"precision": "exact"}, ["graph", "fused", "unfused"]),
     ({"precision": "bf16"}, ["graph", "fused"]),
     ({"precision": "bf16", "architecture": "sm_90"}, ["wgmma", "graph", "fused"]),
     ({"architecture": "sm_90"}, ["graph", "persistent", "fused"]),
     ({"updates": 1}, ["persistent", "fused"]),
     ({"host_between": "other replicas", "precision": "fp32"}, []),
-    ({"finetune": True, "precision": "fp32"}, []),
+    ({"finetune": True, "precision": "fp32"}, ["fused", "unfused"]),
+    ({"finetune": True, "precision": "fp32", "host_between": "other replicas"}, []),
     ({"gpu": False}, []),
 ])
 def test_rivals_are_those_that_can_be_taken_and_are_as_exact_as_promised(changes, rivals):
