@@ -159,12 +159,47 @@ def test_a_trial_changes_nothing_of_a_run_that_goes_on():
 
 @NO_KERNELS
 @pytest.mark.parametrize(("line", "fault"), [
-    ("scratch = RBM(rbm.n, rbm.m, xp, rbm.shards)", "scratch = rbm"),
+    ("scratch = RBM(rbm.n, rbm.m, self.dbn.xp, rbm.shards)", "scratch = rbm"),
     ("other = copy.copy(self)", "other = self"),
 ])
 def test_a_trial_that_changes_something_is_noticed(line, fault):
     with planted(loop, line, fault), pytest.raises((AssertionError, IndexError)):
         check_continued(SAMPLES)
+
+
+TUNED = {"layers": (11,), "epochs": 1, "finetune_epochs": 3, "optimiser": "sgd"}
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("options", [TUNED, {**TUNED, "finetune": "autoencoder", "optimiser": "cg", "code": "linear"}])
+@pytest.mark.parametrize("path", ["fused", "unfused"])
+def test_fine_tuning_takes_the_quicker_too(path, options):
+    with timing(*sorted(["fused", "unfused", "graph"], key=lambda name: name != path)) as (_, tried):
+        run, records = finished(on_device(settings(**options)))
+        found = run.dbn.arrays()
+    assert tried[-2:] == ["fused", "unfused"]
+    assert records[-2]["path"].startswith(f"{path} (timed, us an update: {path} 1, ")
+    assert same(found, forced(path, options))
+
+
+def check_tuned_on():
+    """From a network of NumPy's, whose path has to be found."""
+    first = training(np, settings(**TUNED, kernels="auto"))
+    list(itertools.islice(first.run(), 2))
+    state = first.state()
+    with timing("fused", "unfused") as (_, tried):
+        run = on_device(settings(**TUNED))
+        run.restore(*state)
+        found = finished(run)[0].dbn.arrays()
+    assert tried == ["fused", "unfused"]
+    assert same(found, forced("fused", TUNED, state))
+
+
+@NO_KERNELS
+def test_a_trial_changes_nothing_of_a_network_that_is_tuned_on():
+    check_tuned_on()
+    with planted(loop, "self.dbn.classifier = self.dbn.autoencoder = None", "pass"), pytest.raises(AssertionError):
+        check_tuned_on()
 
 
 @NO_KERNELS
