@@ -28,13 +28,12 @@ from gpudbn.shards import WHOLE, Pieces, Shards, go_along
 from gpudbn.twins import twins_of
 
 
-def classifier_shapes(sizes: Sequence[int], classes: int, shards: Shards = WHOLE) -> dict[str, tuple[int, ...]]:
+def classifier_shapes(layers: Sequence[RBM], classes: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the network: all weights W0, W1, ... first (they decay), then all biases c0, c1, ....
 
     A shard has its columns of every weight, and the rows of the softmax layer that belong to its units of the top.
     """
-    mine = [len(range(m)[shards.mine(m)]) for m in sizes[1:]]
-    pairs = [*zip(sizes[:-1], mine, strict=True), (mine[-1], classes)]
+    pairs = [*(rbm.W.shape for rbm in layers), (layers[-1].width, classes)]
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
 
 
@@ -74,6 +73,8 @@ class DBN:
     shards : Shards
         Which part of each layer is here; the methods are then called on all shards together. Rows, and
         hidden values that these methods take or give, are whole.
+    local : sequence of int
+        How many visible units a hidden unit of each layer sees (``local.py``), 0 being all; one number: every layer.
 
     Attributes
     ----------
@@ -85,24 +86,29 @@ class DBN:
     about : dict
         What must be known to use the model, kept in its file: ``binarise`` ('none', 'threshold' or
         'stochastic'), ``precision`` (``set_precision``), ``image_shape``, ``classes``, ``data``; of an
-        autoencoder ``code`` ('logistic' or 'linear').
+        autoencoder ``code`` ('logistic' or 'linear'); if there are local layers, ``local``.
     """
 
-    def __init__(self, sizes: Sequence[int], xp: ModuleType = np, shards: Shards = WHOLE) -> None:
+    def __init__(self, sizes: Sequence[int], xp: ModuleType = np, shards: Shards = WHOLE,
+                 local: Sequence[int] = (0,)) -> None:
         if len(sizes) < 2 or any(int(s) != s or s < 1 for s in sizes):
             raise UserError(f"DBN: sizes must be at least two whole numbers above 0; got {list(sizes)}")
         self.sizes = [int(s) for s in sizes]
         self.shards = shards
-        self.layers = [RBM(n, m, xp, shards) for n, m in itertools.pairwise(self.sizes)]
-        # where layers are cut: along which dimension an array is, and the layer whose units these are
-        self._cuts: dict[str, tuple[int, RBM]] = {}
+        fans = [int(fan) for fan in local] * (len(sizes) - 1 if len(local) == 1 else 1)
+        self.layers = [RBM(n, m, xp, shards, fan=fan)
+                       for (n, m), fan in zip(itertools.pairwise(self.sizes), fans, strict=True)]
+        # where layers are cut: along which dimension an array is, how many units there are, and which are here
+        self._cuts: dict[str, tuple[int, int, slice]] = {}
         for i, rbm in enumerate(self.layers):
-            self._cuts |= {f"layers.{i}.W": (1, rbm), f"layers.{i}.c": (0, rbm)}
-            self._cuts |= {f"{net}.{name}": (dimension, rbm) for net in ("classifier", "autoencoder")
+            self._cuts |= {f"layers.{i}.W": (1, rbm.m, rbm.mine), f"layers.{i}.c": (0, rbm.m, rbm.mine)}
+            if rbm.local is not None:
+                self._cuts[f"layers.{i}.b"] = (0, rbm.n, rbm.local.seen)
+            self._cuts |= {f"{net}.{name}": (dimension, rbm.m, rbm.mine) for net in ("classifier", "autoencoder")
                            for name, dimension in ((f"W{i}", 1), (f"c{i}", 0), (f"W{2 * len(self.layers) - 1 - i}", 0))}
         self.classifier: Parameters | None = None
         self.autoencoder: Parameters | None = None
-        self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32"}
+        self.about: dict[str, Any] = {"binarise": "none", "precision": "fp32", **({"local": fans} if any(fans) else {})}
 
     def set_precision(self, precision: str) -> None:
         """The arithmetic of all layers, as in ``gpudbn.precision``; the classifier's stays float32.
@@ -128,7 +134,7 @@ class DBN:
         return sum(self._counts())
 
     def _counts(self) -> list[int]:
-        return [rbm.n * rbm.m + rbm.n + rbm.m for rbm in self.layers]
+        return [rbm.W.shape[0] * rbm.m + rbm.n + rbm.m for rbm in self.layers]
 
     def describe(self) -> str:
         """The network in one line, with its parameter count."""
@@ -147,16 +153,22 @@ class DBN:
 
     def transform(self, v: Array, layers: int | None = None) -> Array:
         """Mean-field activations of layer ``layers`` (default: the top). Array (B, n) -> (B, m), float32."""
-        x = self.prepare(v)
-        for rbm in self.layers[:layers]:
-            x = self.shards.gather(rbm.hidden_given_visible(x), rbm.m)
+        x, layer = self.prepare(v), -1
+        for layer, rbm in enumerate(self.layers[:layers]):
+            h = rbm.hidden_given_visible(rbm.see(x) if layer == 0 else x)
+            last = layer + 1 == len(self.layers[:layers])
+            x = self.shards.gather(h, rbm.m) if last else self.layers[layer + 1].gather(h)
         return x
 
     def down(self, h: Array, layers: int | None = None) -> Array:
         """Mean-field activations of the data units below hidden values of layer ``layers``. (B, m) -> (B, n)."""
-        for rbm in reversed(self.layers[:layers]):
-            h = rbm.visible_given_hidden(self._mine(rbm, h))
-        return h
+        below = self.layers[:layers]
+        if not below:
+            return h
+        h = self._mine(below[-1], h)
+        for rbm in reversed(below[1:]):
+            h = rbm.own(rbm.visible_given_hidden(h))
+        return below[0].whole(below[0].visible_given_hidden(h))
 
     def _mine(self, rbm: RBM, h: Array) -> Array:
         """This shard's columns of hidden values of a layer. Array (B, m) -> (B, own)."""
@@ -195,12 +207,12 @@ class DBN:
         xp, top = self.xp, self.layers[-1]
         if start is None:
             v = twins_of(top.b).sigmoid(xp.tile(top.b, (count, 1)), precision=top.precision)
-            twins_of(v).bernoulli(v, v, seed=seed, update=0, site=site(Purpose.SAMPLING, len(self.layers) - 1, 2))
+            twins_of(v).bernoulli(v, v, seed=seed, update=0, site=site(Purpose.SAMPLING, len(self.layers) - 1, 2),
+                                  **top.rows)
         else:
-            v = self.prepare(start)
-            for layer, rbm in enumerate(self.layers[:-1]):
-                h = rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2))
-                v = self.shards.gather(h, rbm.m)
+            v = self.layers[0].see(self.prepare(start))
+            for layer, (rbm, above) in enumerate(itertools.pairwise(self.layers)):
+                v = above.gather(rbm.sample_hidden(v, seed=seed, update=0, site=site(Purpose.SAMPLING, layer, 2)))
         depth = len(self.layers)
         for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):
             v = state
@@ -208,9 +220,9 @@ class DBN:
                 progress(done)
         h = top.sample_hidden(v, seed=seed, update=steps, site=site(Purpose.SAMPLING, depth - 1, 0))
         for layer in range(depth - 1, 0, -1):
-            v = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))
-            h = self._mine(self.layers[layer - 1], v)
-        return self.layers[0].visible_given_hidden(h)
+            rbm = self.layers[layer]
+            h = rbm.own(rbm.sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1)))
+        return self.layers[0].whole(self.layers[0].visible_given_hidden(h))
 
     def filters(self, layer: int, at_most: int = 2000) -> Array:
         """What the first hidden units of a layer respond to: the product of the weights from the data up to them.
@@ -218,20 +230,18 @@ class DBN:
         Array (n, units), float32, the same on each shard.
         """
         xp, top = self.xp, self.layers[layer]
-        x = xp.zeros((top.n, min(top.m, at_most)), np.float32)
-        here = x[:, top.mine]
-        here[...] = top.W[:, : here.shape[1]]
-        self.shards.sum_(x)
-        for rbm in reversed(self.layers[:layer]):
-            rows, x = xp.ascontiguousarray(x[rbm.mine]), xp.empty((rbm.n, x.shape[1]), np.float32)
-            self.shards.product_(x, rbm.W, rows)
-        return x
+        h = xp.ascontiguousarray(xp.eye(min(top.m, at_most), top.m, dtype=np.float32)[:, top.mine])
+        for rbm in reversed(self.layers[: layer + 1]):
+            x = xp.empty((len(h), rbm.height), np.float32)
+            rbm.product_back(x, h, rbm.W)
+            h = rbm.own(x) if rbm is not self.layers[0] else x
+        return self.layers[0].whole(x).T
 
     # -- the classifier ---------------------------------------------------------------------------
 
     def new_classifier(self, classes: int) -> Parameters:
         """The upward weights of the layers with a softmax of zeros on top; kept in ``classifier``."""
-        net = Parameters(classifier_shapes(self.sizes, classes, self.shards), self.xp)
+        net = Parameters(classifier_shapes(self.layers, classes), self.xp)
         for i, rbm in enumerate(self.layers):
             net[f"W{i}"][...] = rbm.W
             net[f"c{i}"][...] = rbm.c
@@ -250,13 +260,13 @@ class DBN:
         if self.classifier is None:
             raise UserError("predict: must have a fine-tuned model; got one that was only pretrained. "
                             "Train with --finetune-epochs above 0 on labelled data")
-        net, x = self.classifier, self.prepare(v)
+        net, x = self.classifier, self.layers[0].see(self.prepare(v))
         twins = twins_of(x)
         top = len(self.layers)
         for i, rbm in enumerate(self.layers):
             y = self.xp.empty((len(x), rbm.width), np.float32)
-            twins.half_step(None, y, x, net[f"W{i}"], net[f"c{i}"], precision=self.sums)
-            x = self.shards.gather(y, rbm.m) if i + 1 < top else y
+            rbm.up_by(None, y, x, net[f"W{i}"], net[f"c{i}"], self.sums)
+            x = self.layers[i + 1].gather(y) if i + 1 < top else y
         logits = self.xp.empty((len(x), self.about["classes"]), np.float32)
         self.shards.product_(logits, x, net[f"W{top}"], self.sums)
         twins.categorical(None, logits, logits, net[f"c{top}"], logits.shape[1])
@@ -334,34 +344,39 @@ class DBN:
         """Which part of a whole array of that name and shape is here."""
         if name not in self._cuts or self.shards.count == 1:
             return ()
-        dimension, rbm = self._cuts[name]
-        if shape[dimension : dimension + 1] != (rbm.m,):
-            raise UserError(f"model: must hold {name} of {rbm.m} hidden units; got shape {shape}. "
-                            "Is it from another run?")
-        return (*[slice(None)] * dimension, rbm.mine)
+        dimension, units, here = self._cuts[name]
+        if shape[dimension : dimension + 1] != (units,):
+            raise UserError(f"model: must hold {name} of {units} units; got shape {shape}. Is it from another run?")
+        return (*[slice(None)] * dimension, here)
+
+    def _cut(self) -> Iterator[tuple[str, Array, int | None]]:
+        """What is learned here, by name, and the dimension along which it is cut; of what several see each its own."""
+        for name, array in self._learned():
+            dimension = self._cuts[name][0] if name in self._cuts and self.shards.count > 1 else None
+            if dimension is not None and name.endswith(".b"):
+                array = self.layers[int(name.split(".")[1])].own(array[None])[0]
+            yield name, array, dimension
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything learned, by name, whole and on the CPU: layers.0.W, ..., classifier.W0, ..., autoencoder.W0."""
         found = {}
-        for name, array in self._learned():
+        for name, array, dimension in self._cut():
             whole = to_cpu(array)
-            if name in self._cuts and self.shards.count > 1:
-                dimension, rbm = self._cuts[name]
+            if dimension is not None:
                 moved = np.ascontiguousarray(np.moveaxis(whole, dimension, -1))
-                whole = np.moveaxis(self.shards.gather(moved, rbm.m), -1, dimension)
+                whole = np.moveaxis(self.shards.gather(moved, self._cuts[name][1]), -1, dimension)
             found[name] = whole
         return found
 
     def pieces(self) -> dict[str, np.ndarray | Pieces]:
         """What ``arrays`` gives, for a file: what is cut comes together only as it is written (``go_along``)."""
         found: dict[str, np.ndarray | Pieces] = {}
-        for name, array in self._learned():
-            if name in self._cuts and self.shards.count > 1:
-                dimension, rbm = self._cuts[name]
-                together = self.shards.columns if dimension == array.ndim - 1 else self.shards.rows
-                found[name] = together(array, rbm.m)
-            else:
+        for name, array, dimension in self._cut():
+            if dimension is None:
                 found[name] = to_cpu(array)
+            else:
+                together = self.shards.columns if dimension == array.ndim - 1 else self.shards.rows
+                found[name] = together(array, self._cuts[name][1])
         return found
 
     def set_arrays(self, found: dict[str, np.ndarray], *, whole: bool = True) -> None:
@@ -405,7 +420,7 @@ def load(path: str | Path, xp: ModuleType = np, shards: Shards = WHOLE) -> DBN:
     file = checkpoint.Reader(path, kind="model")
     about = dict(file.meta)
     try:
-        dbn = DBN(about.pop("sizes"), xp, shards)
+        dbn = DBN(about.pop("sizes"), xp, shards, about.get("local", (0,)))
         dbn.set_arrays(file.read(dbn.part), whole=False)
         dbn.about |= {k: v for k, v in about.items() if k != "kind"}
         dbn.set_precision(dbn.about["precision"])

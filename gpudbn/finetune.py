@@ -102,11 +102,12 @@ class FinetunePhase(Phase):
     def _crossing(self, rows: int) -> dict[int, Array]:
         """Where layers are cut, by level: what feeds the next one, all units in the stack and a shard's own behind it.
 
-        On the way back the errors that come down to them. Level ``stack`` has its own and feeds by them.
+        Or those that a local layer sees. On the way back the errors that come down to them. Level ``stack`` has its own
+        and feeds by them.
         """
         levels = [level for level in range(1, self.depth + 1) if level != self.stack] if self.shards.count > 1 else []
-        return {level: self.xp.empty((rows, self.units[level] if level < self.stack else self._below(level).width),
-                                     np.float32) for level in levels}
+        return {level: self.xp.empty((rows, self.dbn.layers[level].height if level < self.stack else
+                                      self._below(level).width), np.float32) for level in levels}
 
     def _below(self, level: int) -> RBM:
         """The layer whose hidden units a level has."""
@@ -143,15 +144,15 @@ class FinetunePhase(Phase):
 
         Returns what feeds each layer, in ``crossing`` where layers are cut.
         """
-        inputs = [a[0]]
         if piece is not None:
             self._drop(a[0], 0, piece)
+        inputs = [self.dbn.layers[0].see(a[0])]
         for level in range(1, self.depth + 1):
             self._activate(level, a[level], inputs[-1])
             if piece is not None:
                 self._drop(a[level], level, piece)
             if level < self.stack:
-                inputs.append(self.shards.gather(a[level], self.units[level], out=crossing.get(level)))
+                inputs.append(self.dbn.layers[level].gather(a[level], out=crossing.get(level)))
             elif level in crossing:
                 crossing[level][...] = a[level][:, self._below(level).mine]
                 inputs.append(crossing[level])
@@ -183,15 +184,17 @@ class FinetunePhase(Phase):
             W, dW, by_rows = self.net[f"W{i}"], gradient[f"W{i}"], i >= self.stack
             if by_rows and self.precision == BLOCKS:
                 product(dW.T, delta.T, inputs[i], BLOCKS)
-            else:
+            elif by_rows:
                 product(dW, inputs[i].T, delta, self.precision)
+            else:
+                self.dbn.layers[i].gradient(dW, inputs[i], delta, self.precision)
             xp.sum(delta, axis=0, out=gradient[f"c{i}"])
             if i:
                 below = self.deltas[i - 1][:count]
                 if not by_rows:
-                    self.shards.product_(crossing.get(i, below), delta, W.T, self.precision)
+                    self.dbn.layers[i].product_back(crossing.get(i, below), delta, W, self.precision)
                     if i in crossing:
-                        below[...] = crossing[i][:, self._below(i).mine]
+                        below[...] = self.dbn.layers[i].own(crossing[i])
                 else:  # the errors of the units here
                     product(crossing.get(i, below), delta, W.T, self.precision)
                     if i in crossing:
@@ -212,8 +215,10 @@ class FinetunePhase(Phase):
         if level > self.stack and (self.crossing or self.precision == BLOCKS):
             self.shards.product_(out, inputs, W, self.precision)
             self.twins.activate(None, out, out, c)
-        else:
+        elif level > self.stack:
             self.twins.half_step(None, out, inputs, W, c, precision=self.precision)
+        else:
+            self.dbn.layers[level - 1].up_by(None, out, inputs, W, c, self.precision)
 
     def _backward(self, delta: Array, a: Array, level: int) -> Array:
         """delta, in place, from behind the units of a level to before them."""

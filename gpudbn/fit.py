@@ -90,8 +90,8 @@ def finetune(dbn: DBN, x: np.ndarray, labels: np.ndarray, *, validation: tuple[n
 
 def _settings(dbn: DBN, given: dict[str, Any], **fixed: Any) -> Settings:
     try:
-        kept = {name: dbn.about[name] for name in ("binarise", "precision")}
-        return Settings(**{**kept, **given, "layers": tuple(dbn.sizes[1:]), **fixed})
+        kept = {name: dbn.about[name] for name in ("binarise", "precision", "local") if name in dbn.about}
+        return Settings(**(kept | given | {"layers": tuple(dbn.sizes[1:])} | fixed))
     except TypeError as error:
         raise UserError(f"settings: must be names that gpudbn.train has as options; got {error}") from None
 

@@ -62,11 +62,12 @@ FINITE = 2**64 - 1  # the flag as long as everything was finite
 def largest(settings: Settings, data: DataSet, labelled: DataSet | None = None) -> int:
     """Entries of the largest parameter vector of a run."""
     sizes = [data.train.n, *settings.layers]
-    layers = [n * m + n + m for n, m in itertools.pairwise(sizes)]
+    seen = [settings.of_layer("local", i) or n for i, n in enumerate(sizes[:-1])]  # by a hidden unit
+    layers = [f * m + n + m for f, (n, m) in zip(seen, itertools.pairwise(sizes), strict=True)]
     if settings.finetune == "autoencoder":
         return sum(2 * n * m + n + m for n, m in itertools.pairwise(sizes))
     classes = (labelled or data).classes
-    network = sum(n * m + m for n, m in zip(sizes, [*sizes[1:], classes], strict=True))
+    network = sum(f * m + m for f, m in zip([*seen, sizes[-1]], [*sizes[1:], classes], strict=True))
     return max([*layers, network])
 
 
@@ -99,7 +100,9 @@ class Training:
         self.dbn, self.data, self.settings, self.exchange = dbn, data, settings, exchange
         self.labelled = labelled or data
         dbn.about["binarise"] = settings.binarise  # measures and the finished model see rows as training does
-        dbn.set_precision(chosen(settings.precision, tensor_cores=dbn.xp is not np and settings.kernels != "unfused",
+        local = any(rbm.local for rbm in dbn.layers)
+        kernels = dbn.xp is not np and settings.kernels != "unfused" and not local
+        dbn.set_precision(chosen(settings.precision, tensor_cores=kernels,
                                  blocks=dbn.xp is np and settings.order == "fixed"))
         self.progress = progress
         self.interrupt = False
@@ -322,6 +325,8 @@ class Training:
     def _path(self, index: int) -> Path:
         """Which way the updates of a phase take."""
         s, layer = self.settings, index < self.depth
+        if self.dbn.xp is not np and any(rbm.local for rbm in self.dbn.layers):
+            return Path("unfused", "local layers have no kernels")
         host = ("--order fixed" if s.order == "fixed" else "other replicas" if self.exchange.cuts_batches else
                 "--push factored" if self.exchange.wants_factors else
                 "other shards" if self.dbn.shards.count > 1 else None)

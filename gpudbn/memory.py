@@ -8,7 +8,6 @@ run that does not fit is refused before it starts, with the sizes by name.
 
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 
 import numpy as np
@@ -35,7 +34,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     s, depth = settings, len(sizes) - 1
     own = [min(m, EDGE * -(-m // (EDGE * s.shards))) for m in sizes[1:]]  # hidden units of the largest part
     pairs = list(zip(sizes[:-1], own, strict=True))
-    layers = [n * m + n + m for n, m in pairs]
+    weights = [(s.of_layer("local", i) or n) * m for i, (n, m) in enumerate(pairs)]
+    layers = [w + n + m for w, (n, m) in zip(weights, pairs, strict=True)]
     kept = FLOAT * sum(layers)
     pieces = BLOCKS if s.order == "fixed" else 1  # of a batch
     precision = chosen(s.precision, tensor_cores=True)
@@ -55,9 +55,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
                        "rows of a launch": persistent * TURN * n * (FLOAT * s.batch + ROWS)})
     if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
         widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
-        network = sum(n * m + m for n, m in itertools.pairwise(widths))
-        if s.shards > 1:
-            network = sum(n * m + m for n, m in [*pairs, (own[-1], classes)])
+        network = sum(weights) + sum(own)
+        network += sum(n * m + n for n, m in pairs) if s.finetune == "autoencoder" else own[-1] * classes + classes
         # of the step rule, or what a batch optimiser names; then the gradient, and the best parameters
         state = {"adam": 2, "lbfgs": 2 * s.history + 8, "cg": 6}.get(s.optimiser, 1)
         vectors = 2 + state + (1 if pieces == 1 else pieces + 1) + 3 * (s.kernels in ("auto", "unfused"))

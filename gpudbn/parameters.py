@@ -67,6 +67,6 @@ class Parameters:
         return Parameters(self.shapes, flat=self.flat.copy())
 
 
-def rbm_shapes(n: int, m: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of one RBM with n visible and m hidden units: W (n, m), b (n,), c (m,)."""
-    return {"W": (n, m), "b": (n,), "c": (m,)}
+def rbm_shapes(n: int, m: int, fan: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shapes of one RBM with n visible and m hidden units: W (n, m), or (fan, m) if local, b (n,), c (m,)."""
+    return {"W": (n if fan is None else fan, m), "b": (n,), "c": (m,)}

@@ -11,6 +11,7 @@ exchanged between (``update``), and measures itself on rows it is given (``measu
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from gpudbn.factors import Factors
 from gpudbn.feed import Source
 from gpudbn.offsets import Offsets
 from gpudbn.optimiser import schedule
+from gpudbn.parameters import Parameters
 from gpudbn.rbm import Contrast, Estimator
 from gpudbn.settings import Settings
 from gpudbn.twins import twins_of
@@ -114,16 +116,20 @@ class LayerPhase(Phase):
         estimator = Estimator(settings.method, settings.k, settings.data_hidden, settings.last_hidden,
                               settings.reconstruction)
         self.contrast = self._contrast(rows, estimator)
-        n, m = self.rbm.n, self.rbm.width
+        n, m = self.rbm.height, self.rbm.width
         centring, target = settings.centring != "off", settings.sparsity_target
         self.offsets = Offsets(n, m, len(self.contrast.v), centring=centring, target=target,
                                cost=settings.sparsity_cost, xp=dbn.xp, shards=dbn.shards
                                ) if centring or target else None
         self.exchanged = self.parameters.size + (n + m if self.offsets else 0)
         self.velocity = dbn.xp.zeros_like(self.parameters)
-        self.gradient = np.empty_like(self.parameters) if dbn.xp is np else None  # kernels keep it in registers
+        # kernels keep it in registers
+        self.gradient = dbn.xp.empty_like(self.parameters) if dbn.xp is np or self.rbm.local else None
+        # rows of data, where they are not the visible units themselves
+        whole = layer == 0 and self.rbm.height == self.rbm.n
+        self.rows = None if whole else dbn.xp.empty((rows, dbn.sizes[0]), np.float32)
         # values of the layers below on the way up: visible units; and, where layers are cut, the hidden units here
-        self.lower = [dbn.xp.empty((rows, rbm.n), np.float32) for rbm in dbn.layers[:layer]]
+        self.lower = [dbn.xp.empty((rows, rbm.height), np.float32) for rbm in dbn.layers[1:layer]]
         self.parts = [dbn.xp.empty((rows, rbm.width), np.float32) for rbm in dbn.layers[:layer] if rbm.width < rbm.m]
         self.twins = twins_of(self.parameters)
         self.factors: Factors | None = None
@@ -155,23 +161,25 @@ class LayerPhase(Phase):
 
     def _visible(self, out: Array, rows: Source, piece: Piece) -> None:
         """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""
-        s, count = self.settings, len(out)
-        x = self.lower[0][:count] if self.layer else out
+        s, count, layers = self.settings, len(out), self.dbn.layers
+        x = out if self.rows is None else self.rows[:count]
         rows.take(piece.positions, x)
         address = {"seed": s.seed, "update": piece.update, "row": piece.row, "clock": piece.clock}
         if s.binarise == "threshold":
             threshold(x)
         elif s.binarise == "stochastic":
             self.twins.bernoulli(x, x, site=site(Purpose.BINARISATION), **address)
-        for layer in range(self.layer):
-            y = self.lower[layer + 1][:count] if layer + 1 < self.layer else out
-            rbm = self.dbn.layers[layer]
+        x = layers[0].see(x)
+        for layer, (rbm, above) in enumerate(itertools.pairwise(layers[: self.layer + 1])):
+            y = self.lower[layer][:count] if layer + 1 < self.layer else out
             h = self.parts[layer][:count] if self.parts else y
             if s.up == "sample":
                 rbm.up(h, None, x, site=site(Purpose.UP, layer), **address)
             else:
                 rbm.up(None, h, x)
-            x = self.dbn.shards.gather(h, rbm.m, out=y)
+            x = above.gather(h, out=y)
+        if x is not out:
+            out[...] = x
 
     def _fill(self, rows: Source, piece: Piece) -> tuple[Array, Array]:
         count = len(piece.positions)
@@ -183,9 +191,12 @@ class LayerPhase(Phase):
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (exchanged,) <- the sums of ``cd_sums`` over one piece: W, b, c; with offsets also ``moved``."""
         v, h = self._fill(rows, piece)
-        n, m, size = self.rbm.n, self.rbm.width, self.parameters.size
-        dW, db, dc = out[: n * m].reshape(n, m), out[n * m : n * m + n], out[n * m + n : size]
-        count = len(piece.positions)
+        shapes, size, count = self.rbm.parameters.shapes, self.parameters.size, len(piece.positions)
+        parts = Parameters(shapes, flat=out[:size])
+        dW, db, dc = (parts[name] for name in shapes)
+        if self.rbm.local is not None:
+            self.rbm.local.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight)
+            return
         centred = self.offsets.centre(v, h, count, out[size:]) if self.offsets else {}
         self.twins.cd_sums(dW, db, dc, v, h, count, model_weight=piece.model_weight, **centred,
                            precision=self.rbm.precision)
@@ -193,13 +204,17 @@ class LayerPhase(Phase):
     def step(self, sums: Array, count: int) -> None:
         """One momentum step with sums over ``count`` rows."""
         size = self.parameters.size
-        self.twins.momentum_step(self.parameters, self.velocity, sums[:size], weights=self.rbm.n * self.rbm.width,
+        self.twins.momentum_step(self.parameters, self.velocity, sums[:size], weights=self.rbm.W.size,
                                  scale=1 / count, rate=self.rate, momentum=self.momentum, decay=self.settings.decay)
         if self.offsets:
             self.offsets.step(sums[size:], count)
 
     def update(self, rows: Source, piece: Piece) -> None:
         """``sums`` and ``step`` in one: a single kernel on a GPU."""
+        if self.rbm.local is not None:
+            self.sums(self.gradient, rows, piece)
+            self.step(self.gradient, len(piece.positions))
+            return
         v, h = self._fill(rows, piece)
         count = len(piece.positions)
         if self.factors is not None:
@@ -246,8 +261,8 @@ class LayerPhase(Phase):
 
     def measure(self, rows: Source, positions: np.ndarray) -> list[Any]:
         """Sums over the rows of the free energy, and of |v - reconstruction|^2, both mean-field; nats, units."""
-        v = self._inputs(rows, positions)
-        errors = self.twins.squared_errors(self.dbn.xp.empty(len(v), np.float32), v, self.rbm.reconstruct(v))
+        v = self.rbm.see(self._inputs(rows, positions))
+        errors = self.rbm.squared_errors(v, self.rbm.reconstruct(v))
         return [self.rbm.free_energy(v).sum(dtype=np.float64), errors.sum(dtype=np.float64)]
 
     def visible_means(self, rows: Rows, at_most: int = 10_000, at_once: int = 500) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.draws import Purpose, normals, site
 from gpudbn.errors import UserError
+from gpudbn.local import Local
 from gpudbn.parameters import Parameters, rbm_shapes
 from gpudbn.precision import BLOCK, BLOCKS
 from gpudbn.reference import bernoulli
@@ -37,26 +38,36 @@ class RBM:
         those: all of them, unless the layer is cut.
     parameters : Parameters, optional
         Those of another RBM of this size, to share; new ones if not given.
+    fan : int
+        Visible units that a hidden unit sees (``local.py``); 0: all. Of a local layer that is cut, n stands below for
+        the visible units that are here, too.
 
     Attributes
     ----------
     parameters : Parameters
-        W (n, m), b (n,), c (m,), float32, in one flat buffer; all zero at first.
+        W (n, m), or (fan, m), b (n,), c (m,), float32, in one flat buffer; all zero at first.
     mine : slice
         The hidden units that are here.
-    width : int
-        How many they are.
+    width, height : int
+        How many hidden and visible units are here.
+    local : Local or None
+        The windows, if they are not all.
     precision : str
         Of half-steps and gradients, as in ``gpudbn.precision``.
     """
 
     def __init__(self, n: int, m: int, xp: ModuleType = np, shards: Shards = WHOLE,
-                 parameters: Parameters | None = None) -> None:
+                 parameters: Parameters | None = None, fan: int = 0) -> None:
         self.n, self.m, self.shards = n, m, shards
         self.mine = shards.mine(m)
         self.width = self.mine.stop - self.mine.start
         self.columns = {"column": self.mine.start, "columns": m}  # of the draws of hidden units
-        self.parameters = Parameters(rbm_shapes(n, self.width), xp) if parameters is None else parameters
+        self.local = Local(n, m, fan, shards) if fan else None
+        seen = slice(0, n) if self.local is None else self.local.seen
+        self.height = seen.stop - seen.start
+        self.rows = {} if self.height == n else {"column": seen.start, "columns": n}  # of the draws of visible units
+        self.parameters = (Parameters(rbm_shapes(self.height, self.width, fan or None), xp) if parameters is None else
+                           parameters)
         self.precision = "fp32"
 
     @property
@@ -84,7 +95,7 @@ class RBM:
         xp = module_of(self.W)
         address = {"seed": seed, "update": 0, "site": site(Purpose.INITIALISATION, layer), **self.columns}
         if self.precision == "exact":  # the logarithm of a device has bits of its own
-            self.W[...] = xp.asarray(normals(np.empty((self.n, self.width), np.float32), **address))
+            self.W[...] = xp.asarray(normals(np.empty(self.W.shape, np.float32), **address))
         else:
             twins_of(self.W).normals(self.W, **address)
         xp.multiply(self.W, np.float32(sd), out=self.W)
@@ -92,13 +103,64 @@ class RBM:
         self.b[...] = 0
         if visible_means is not None:  # on the host, whose logarithm gives every device the same bits
             p = np.clip(to_cpu(visible_means).astype(np.float64), 1e-3, 1 - 1e-3)
-            self.b[...] = xp.asarray(np.log(p / (1 - p)).astype(np.float32))
+            self.b[...] = xp.asarray(self.see(np.log(p / (1 - p)).astype(np.float32)[None])[0])
+
+    # -- the parts of a layer that is cut -----------------------------------------------------------
+
+    def see(self, v: Array) -> Array:
+        """The visible units that are here, of all: array (B, all) -> (B, n)."""
+        return v if self.local is None else self.local.see(v)
+
+    def gather(self, h: Array, out: Array | None = None) -> Array:
+        """The visible units that are here, from this shard's hidden values of the layer below: (B, own) -> (B, n).
+
+        ``out`` is where to put them, if they have to be put together.
+        """
+        if self.local is None or self.shards.count == 1:
+            return self.shards.gather(h, self.n, out)
+        return self.local.gather(h, module_of(h).empty((len(h), self.height), h.dtype) if out is None else out)
+
+    def own(self, v: Array) -> Array:
+        """The other way: of the visible units that are here, this shard's of the layer below. (B, n) -> (B, own)."""
+        if self.local is not None or self.shards.count == 1:
+            return v if self.local is None else self.local.own(v)
+        return module_of(v).ascontiguousarray(v[:, self.shards.mine(self.n)])
+
+    def whole(self, v: Array) -> Array:
+        """All visible units, on each shard: array (B, n) -> (B, all)."""
+        return v if self.local is None else self.shards.gather(self.local.own(v), self.n)
+
+    def squared_errors(self, v: Array, w: Array) -> Array:
+        """|v - w|^2 of each row, of all visible units. Arrays (B, n), (B, n) -> (B,)."""
+        cut = self.local is not None and self.shards.count > 1
+        errors = twins_of(v).squared_errors(module_of(v).empty(len(v), np.float32),
+                                            *((self.own(v), self.own(w)) if cut else (v, w)))
+        if cut:
+            self.shards.sum_(errors)
+        return errors
+
+    # -- energies -----------------------------------------------------------------------------------
 
     def energy(self, v: Array, h: Array) -> Array:
         """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
-        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)
+        of_hidden = h @ self.c + (self._input(v) * h).sum(axis=1)
+        v, b = self._answered(v)
+        if self.height < self.n:
+            of_hidden += v @ b
         self.shards.sum_(of_hidden)
-        return -(v @ self.b) - of_hidden
+        return -of_hidden if self.height < self.n else -(v @ b) - of_hidden
+
+    def _input(self, v: Array) -> Array:
+        """v W. Array (B, n) -> (B, m)."""
+        if self.local is None:
+            return v @ self.W
+        x = module_of(v, self.W).empty((len(v), self.width), np.float32)
+        self.local.product(x, v, self.W)
+        return x
+
+    def _answered(self, v: Array) -> tuple[Array, Array]:
+        """Visible units and their biases: those that no other shard counts where each sees some, else all."""
+        return (v, self.b) if self.height == self.n else (self.own(v), self.own(self.b[None])[0])
 
     def free_energy(self, v: Array) -> Array:
         """F(v) = -b.v - sum_j log(1 + exp(c_j + (v W)_j)) for each row. Array (B, n) -> (B,), nats.
@@ -114,28 +176,54 @@ class RBM:
             parts = [twins.free_energy(xp.empty_like(energies), x[:, block], self.c[block]) for block in blocks]
             self.shards.add_in_order_(energies, parts)
             return xp.subtract(energies, v @ self.b, out=energies)
-        visible = (v, self.b) if self.shards.index == 0 else ()  # once
-        twins.free_energy(energies, v @ self.W, self.c, *visible)
+        visible = self._answered(v) if self.shards.index == 0 or self.height < self.n else ()  # once
+        twins.free_energy(energies, self._input(v), self.c, *visible)
         self.shards.sum_(energies)
         return energies
 
     def up(self, sample: Array | None, mean: Array | None, v: Array, **address: Any) -> None:
         """mean <- P(h = 1 | v), sample ~ P(h | v): arrays (B, m), or None where not wanted; from v (B, n)."""
-        twins_of(v, self.W).half_step(sample, mean, v, self.W, self.c, precision=self.precision, **address,
-                                      **self.columns)
+        self.up_by(sample, mean, v, self.W, self.c, self.precision, **address, **self.columns)
+
+    def up_by(self, sample: Array | None, mean: Array | None, v: Array, W: Array, c: Array,
+              precision: str, **address: Any) -> None:
+        """``up`` by other weights and biases of this layer: fine-tuned ones."""
+        twins = twins_of(v, W)
+        if self.local is None:
+            twins.half_step(sample, mean, v, W, c, precision=precision, **address)
+        else:
+            out = sample if mean is None else mean
+            self.local.product(out, v, W)
+            twins.activate(sample, mean, out, c, **address)
 
     def down(self, sample: Array | None, mean: Array | None, h: Array, **address: Any) -> None:
         """mean <- P(v = 1 | h), sample ~ P(v | h): arrays (B, n), or None where not wanted; from h (B, m)."""
         twins = twins_of(h, self.W)
-        if self.shards.count == 1 and self.precision != BLOCKS:  # in one launch
+        if self.local is None and self.shards.count == 1 and self.precision != BLOCKS:  # in one launch
             twins.half_step(sample, mean, h, self.W, self.b, transpose=True, precision=self.precision, **address)
         elif self.precision == "exact":
             raise UserError("--precision exact: must have whole layers; got layers cut into "
                             f"{self.shards.count} shards, between which float32 sums cross")
         else:
             out = sample if mean is None else mean
-            self.shards.product_(out, h, self.W.T, self.precision)
-            twins.activate(sample, mean, out, self.b, **address)
+            self.product_back(out, h, self.W, self.precision)
+            twins.activate(sample, mean, out, self.b, **address, **self.rows)
+
+    def product_back(self, out: Array, h: Array, W: Array, precision: str = "fp32") -> None:
+        """out <- h W^T, summed over shards: arrays (B, n), (B, m), and W as that of this layer."""
+        if self.local is None:
+            self.shards.product_(out, h, W.T, precision)
+        else:
+            self.local.product_back(out, h, W)
+
+    def gradient(self, dW: Array, v: Array, h: Array, precision: str = "fp32") -> None:
+        """dW <- v^T h, where there are weights: arrays as W, (B, n), (B, m)."""
+        if self.local is not None:
+            self.local.gradient(dW, v, h)
+        elif precision == BLOCKS:
+            twins_of(v).product(dW, v.T, h, BLOCKS)
+        else:
+            module_of(dW, v, h).matmul(v.T, h, out=dW)
 
     def hidden_given_visible(self, v: Array) -> Array:
         """P(h_j = 1 | v). Array (B, n) -> (B, m)."""
@@ -145,7 +233,7 @@ class RBM:
 
     def visible_given_hidden(self, h: Array) -> Array:
         """P(v_i = 1 | h). Array (B, m) -> (B, n)."""
-        mean = module_of(h).empty((len(h), self.n), np.float32)
+        mean = module_of(h).empty((len(h), self.height), np.float32)
         self.down(None, mean, h)
         return mean
 
@@ -157,7 +245,7 @@ class RBM:
 
     def sample_visible(self, h: Array, **address: int) -> Array:
         """v ~ P(v | h). Array (B, m) -> (B, n) of 0 and 1."""
-        v = module_of(h).empty((len(h), self.n), np.float32)
+        v = module_of(h).empty((len(h), self.height), np.float32)
         self.down(v, None, h, **address)
         return v
 
@@ -232,7 +320,7 @@ class Contrast:
         xp = module_of(rbm.W)
         model_rows = rows if chains is None else len(chains)
         self.rbm, self.estimator, self.seed, self.layer, self.chains = rbm, estimator, seed, layer, chains
-        self.v = self._units(xp, rows + model_rows, rbm.n)
+        self.v = self._units(xp, rows + model_rows, rbm.height)
         self.h = self._units(xp, rows + model_rows, rbm.width)
         self.data = self.v[:rows]
 

@@ -65,6 +65,10 @@ class Settings:
 
     layers: tuple[int, ...] = option((256, 256, 256), "hidden units of each layer, from the data up",
                                      group="network", rule=AT_LEAST_1, metavar="M")
+    local: tuple[int, ...] = option((0,), "visible units that a hidden unit sees, a window around its place, so that "
+                                    "memory and time are those of the window; in images, whose pixels stand row by "
+                                    "row, a band of rows. One number, or one a layer; 0: all", group="network",
+                                    rule=AT_LEAST_0, metavar="F")
     initial_weights: float = option(0.01, "standard deviation of the initial weights", group="network",
                                     rule=AT_LEAST_0, metavar="SD")
 
@@ -230,7 +234,7 @@ class Settings:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         self._settle()
-        for name in ("epochs", "learning_rate"):
+        for name in ("epochs", "learning_rate", "local"):
             if len(getattr(self, name)) not in (1, len(self.layers)):
                 raise UserError(f"{flag(name)}: must be one number, or one for each of the {len(self.layers)} layers; "
                                 f"got {len(getattr(self, name))}")
@@ -249,8 +253,20 @@ class Settings:
                             "can tell; got bf16. Use bf16x2")
         if self.optimiser in BATCH_OPTIMISERS and self.order == "fixed":
             raise UserError(f"--optimiser: must be adam, adagrad or sgd with --order fixed; got {self.optimiser}")
+        if any(self.local):
+            self._check_local()
         if len(self.layers) > 255:
             raise UserError(f"--layers: must be at most 255 layers; got {len(self.layers)}")
+
+    def _check_local(self) -> None:
+        """Refuse what local layers cannot do."""
+        for name, good in (("centring", ("off",)), ("sparsity_target", (None,)), ("precision", ("auto", "fp32")),
+                           ("kernels", ("auto", "predicted", "unfused")), ("order", ("fast",)),
+                           ("push", ("dense", "float16", "bfloat16")), ("finetune", ("classifier",))):
+            if getattr(self, name) not in good:
+                rule = "be left out" if good == (None,) else f"be {' or '.join(good)}"  # type: ignore[arg-type]
+                raise UserError(f"{flag(name)}: must {rule} with --local {' '.join(map(str, self.local))}; "
+                                f"got {getattr(self, name)}")
 
     def _settle(self) -> None:
         """Fill in what follows other settings. Where servers make the steps, those of replicas are plain."""

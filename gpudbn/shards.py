@@ -123,6 +123,9 @@ class Shards:
         _ = m, out
         return part
 
+    def swap(self, give: Sequence[Array | None], take: Sequence[Array | None]) -> None:
+        """take[s] <- what shard s gives to this one, for all s; None on both sides where nothing is given."""
+
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         """The arrays of all shards in order, of any shapes, on the first; None elsewhere."""
         return [array]

@@ -113,7 +113,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
 
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     sums = exchange.choose_collectives(settings.collectives, xp)
-    dbn = together(lambda: DBN([data.train.n, *settings.layers], xp, exchange.shards))
+    dbn = together(lambda: DBN([data.train.n, *settings.layers], xp, exchange.shards, settings.local))
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
     show = _Show(settings, exchange)
     rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp))

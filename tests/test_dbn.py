@@ -60,7 +60,7 @@ def test_sizes_that_are_no_network_are_refused(sizes):
 
 
 def test_all_weights_of_the_classifier_come_before_all_biases():
-    assert list(classifier_shapes(SIZES, 3).items()) == [
+    assert list(classifier_shapes(DBN(SIZES).layers, 3).items()) == [
         ("W0", (11, 7)), ("W1", (7, 5)), ("W2", (5, 3)), ("c0", (7,)), ("c1", (5,)), ("c2", (3,))]
 
 
@@ -100,12 +100,11 @@ def test_up_down_and_classes_are_the_plain_formulas():
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("for rbm in self.layers[:layers]:\n            x", "for rbm in self.layers:\n            x"),
-    ("reversed(self.layers[:layers])", "reversed(self.layers)"),
+    ("rbm in enumerate(self.layers[:layers])", "rbm in enumerate(self.layers[:2])"),
+    ("below = self.layers[:layers]", "below = self.layers"),
     ("return self.down(self.transform(v))", "return self.down(self.transform(v, 1), 1)"),
     ("logits, logits, net[f\"c{top}\"],", "logits, logits, 0 * net[f\"c{top}\"],"),
-    ("half_step(None, y, x, net[f\"W{i}\"], net[f\"c{i}\"]",
-     "half_step(None, y, x, self.layers[i].W, self.layers[i].c"),
+    ("up_by(None, y, x, net[f\"W{i}\"], net[f\"c{i}\"]", "up_by(None, y, x, rbm.W, rbm.c"),
 ])
 def test_a_wrong_way_up_or_down_is_noticed(line, fault):
     assert_notices(check_plain, dbn, line, fault)
@@ -177,10 +176,10 @@ def test_samples_have_the_moments_of_the_model(sizes):
 
 @pytest.mark.parametrize(("line", "fault"), [
     ("for done, state in enumerate(top.gibbs(v, steps - 1, seed=seed, layer=depth - 1), 1):", "for done, state in ():"),
-    ("return self.layers[0].visible_given_hidden(h)", "return self.layers[0].visible_given_hidden(h[:, ::-1])"),
+    ("whole(self.layers[0].visible_given_hidden(h))", "whole(self.layers[0].visible_given_hidden(h[:, ::-1]))"),
     ("range(depth - 1, 0, -1)", "range(depth - 1, 0, -2)[1:]"),
-    ("v = self.layers[layer].sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1))",
-     "v = self.layers[layer].visible_given_hidden(h)"),
+    ("rbm.own(rbm.sample_visible(h, seed=seed, update=steps, site=site(Purpose.SAMPLING, layer, 1)))",
+     "rbm.own(rbm.visible_given_hidden(h))"),
 ])
 def test_samples_of_another_model_are_noticed(line, fault):
     assert_notices(lambda: check_sample([5, 3, 4]), dbn, line, fault)
@@ -223,8 +222,9 @@ def test_samples_are_those_drawn_by_hand(sizes, start):
 
 
 @pytest.mark.parametrize(("start", "line", "fault"), [
-    (True, "enumerate(self.layers[:-1])", "enumerate(self.layers[:1])"),
-    (True, "h = rbm.sample_hidden(v,", "h = rbm.sample_hidden(1 - v,"),
+    (True, "enumerate(itertools.pairwise(self.layers)):\n                v",
+     "enumerate(itertools.pairwise(self.layers[:2])):\n                v"),
+    (True, "gather(rbm.sample_hidden(v,", "gather(rbm.sample_hidden(1 - v,"),
     (False, "twins_of(v).bernoulli(v, v,", "(lambda *_, **__: 0)(v, v,"),
     (False, "site=site(Purpose.SAMPLING, len(self.layers) - 1, 2)", "site=site(Purpose.SAMPLING, 0, 2)"),
 ])

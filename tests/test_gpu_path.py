@@ -67,7 +67,7 @@ def device():
 def training(xp, settings, exchange=None):
     data = small_data()
     data = replace(data, train=data.train.to(xp), validation=data.validation.to(xp), test=data.test.to(xp))
-    return Training(DBN([data.n, *settings.layers], xp), data, settings, exchange or Alone())
+    return Training(DBN([data.n, *settings.layers], xp, local=settings.local), data, settings, exchange or Alone())
 
 
 def on_device(settings, exchange=None):
@@ -112,6 +112,17 @@ def test_a_whole_run_ends_where_the_numpy_run_ends(options, processors):
     used |= {"momentum_step"} if options.get("optimiser") == "sgd" else {f"{options.get('optimiser', 'adam')}_step"}
     used |= {"dropout"} if options.get("dropout") != 0 else set()
     assert used <= set(device.launched)
+
+
+@pytest.mark.parametrize("method", ["cd", "pcd"])
+def test_local_layers_end_where_the_numpy_run_ends(method, device):
+    settings = strong(layers=(33, 7), local=(7, 0), method=method)
+    here, _ = finished(training(np, settings))
+    there, records = finished(on_device(settings))
+    for name, array in here.dbn.arrays().items():
+        assert_close(there.dbn.arrays()[name], array, atol=TOLERANCE)
+    assert {record["path"] for record in records if "path" in record} == {"unfused (local layers have no kernels)"}
+    assert "half_step" not in device.launched
 
 
 def test_a_difference_in_one_draw_would_be_seen():

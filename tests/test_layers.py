@@ -19,6 +19,7 @@ FLOORS = """
     errors draws scratch tracing mpi/launch mpi/watch mpi/hub mpi/ledger
     arrays exact paths precision settings mpi/costs mpi/tally
     factors parameters shards
+    local
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
     mpi/nccl
     mpi/parts

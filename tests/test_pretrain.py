@@ -86,7 +86,7 @@ def test_a_layer_is_trained_on_rows_taken_up_through_the_layers_below(layer, bin
     ("none", "sample", "\"update\": piece.update, \"row\": piece.row,", "\"update\": 0, \"row\": piece.row,"),
     ("none", "sample", "if s.up == \"sample\":", "if False:"),
     ("none", "mean", "if s.up == \"sample\":", "if True:"),
-    ("none", "mean", "x = self.dbn.shards.gather(h, rbm.m, out=y)", "pass"),
+    ("none", "mean", "x = above.gather(h, out=y)", "pass"),
     ("none", "mean", "rbm.up(None, h, x)", "rbm.up(None, h, 1 - x)"),
     ("threshold", "mean", "if s.binarise == \"threshold\":", "if False:"),
     ("stochastic", "mean", "elif s.binarise == \"stochastic\":", "elif False:"),
@@ -136,9 +136,9 @@ def test_an_update_is_sums_and_a_step(method):
     ("model_weight=piece.model_weight, **centred,\n", "model_weight=1, **centred,\n"),
     ("model_weight=piece.model_weight, **centred, rate", "model_weight=1, **centred, rate"),
     ("momentum=self.momentum, decay=self.settings.decay)", "momentum=self.momentum, decay=0)"),
-    ("out[n * m : n * m + n], out[n * m + n : size]", "out[n * m + m :], out[n * m : n * m + m]"),
+    ("parts = Parameters(shapes, flat=out[:size])", "parts = Parameters(shapes, flat=out[:size][::-1])"),
     ("s.of_layer(\"learning_rate\", self.layer)", "s.of_layer(\"learning_rate\", 0)"),
-    ("weights=self.rbm.n * self.rbm.width,", "weights=out.size if (out := sums) is not None else 0,"),
+    ("weights=self.rbm.W.size,", "weights=out.size if (out := sums) is not None else 0,"),
 ])
 def test_a_wrong_update_is_noticed(line, fault):
     assert_notices(lambda: check_update("pcd", 5), pretrain, line, fault)

@@ -75,12 +75,12 @@ def test_energies_and_conditionals_are_those_of_enumeration():
 
 
 @pytest.mark.parametrize(("module", "line", "fault"), [
-    (rbm, "h @ self.c + ((v @ self.W)", "h @ self.c - ((v @ self.W)"),
+    (rbm, "h @ self.c + (self._input(v)", "h @ self.c - (self._input(v)"),
     (rbm, "of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
     (reference, "np.negative(np.logaddexp(", "np.positive(np.logaddexp("),
     (reference, "t = np.add(x, c,", "t = np.subtract(x, c,"),
     (reference, "np.subtract(out, v @ b, out=out)", "np.add(out, v @ b, out=out)"),
-    (rbm, "(v, self.b) if self.shards.index == 0 else ()", "()"),
+    (rbm, "energies, self._input(v), self.c, *visible)", "energies, self._input(v), self.c)"),
     (rbm, "self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
     (rbm, "half_step(sample, mean, h, self.W, self.b, transpose=True",
      "half_step(sample, mean, h, self.W, self.b[::-1], transpose=True"),
@@ -177,8 +177,8 @@ def test_gibbs_sampling_leaves_the_exact_distribution_where_it_is(n, m):
      "half_step(sample, mean, h, self.W, self.b[::-1], transpose=True"),
     ("half_step(sample, mean, h, self.W, self.b, transpose=True",
      "half_step(sample, mean, h, self.W, self.b, transpose=False"),  # W instead of its transpose
-    ("half_step(sample, mean, v, self.W, self.c,", "half_step(sample, mean, v, -self.W, self.c,"),
-    ("half_step(sample, mean, v, self.W, self.c,", "half_step(sample, mean, v, self.W, 0 * self.c,"),
+    ("self.up_by(sample, mean, v, self.W, self.c,", "self.up_by(sample, mean, v, -self.W, self.c,"),
+    ("self.up_by(sample, mean, v, self.W, self.c,", "self.up_by(sample, mean, v, self.W, 0 * self.c,"),
     ("site=site(Purpose.SAMPLING, layer, 1)", "site=site(Purpose.SAMPLING, layer, 0)"),  # the same numbers again
     ("h = self.sample_hidden(v, seed=seed, update=step,", "h = self.sample_hidden(v, seed=seed, update=first,"),
 ])
@@ -233,8 +233,8 @@ def test_persistent_chains_stay_exact_while_parameters_stand_still(n, m, k):
 @pytest.mark.parametrize(("line", "fault"), [
     ("rbm.up(chains, h if last else None, v,",
      "rbm.up(chains, h if last else None, 1 - v,"),
-    ("half_step(sample, mean, v, self.W, self.c,",
-     "half_step(sample, mean, v, self.W, self.c[::-1],"),
+    ("self.up_by(sample, mean, v, self.W, self.c,",
+     "self.up_by(sample, mean, v, self.W, self.c[::-1],"),
     ("twins.half_step(sample, mean, h, self.W, self.b, transpose=True",
      "twins.half_step(sample, mean, h, self.W, self.b, transpose=False"),
     ("twins.half_step(sample, mean, h, self.W, self.b, transpose=True",

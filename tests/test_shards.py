@@ -78,6 +78,17 @@ class Threads(Shards):
         out[...] = whole
         return out
 
+    def swap(self, give, take):
+        copies = [None if array is None else array.copy() for array in give]
+        self.crossed += sum(array.size for array in copies if array is not None)
+        self.meeting.brought[self.index] = copies
+        self.meeting.barrier.wait()
+        for other, out in zip(self.meeting.brought, take, strict=True):
+            assert (other[self.index] is None) == (out is None)
+            if out is not None:
+                out[...] = other[self.index]
+        self.meeting.barrier.wait()
+
     def collect(self, array):
         found = self._all(array)
         return None if self.index else found
@@ -229,7 +240,7 @@ def test_a_file_has_the_same_bytes_and_each_shard_takes_its_part_of_it(count, tm
 def test_a_file_of_other_sizes_is_refused(tmp_path):
     arrays = DBN([23, 60, 61, 37]).arrays()
     checkpoint.write(tmp_path / "m", arrays, stack().about_file())
-    with pytest.raises(UserError, match=r"model: must hold layers\.0\.W of 50 hidden units; got shape \(23, 60\)"):
+    with pytest.raises(UserError, match=r"model: must hold layers\.0\.W of 50 units; got shape \(23, 60\)"):
         on_shards(2, lambda shards: load(tmp_path / "m", shards=shards))
 
 
@@ -428,12 +439,11 @@ def test_gradients_need_nothing_from_others():
      check_finetuning_update),
     (rbm, '"columns": m}', '"columns": m + 16 * shards.count}', check_stack),
     (rbm, '{"column": self.mine.start', '{"column": 0', check_stack),
-    (rbm, "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)\n        self.shards.sum_(of_hidden)",
-     "        of_hidden = h @ self.c + ((v @ self.W) * h).sum(axis=1)", check_stack),
-    (pretrain, "x = self.dbn.shards.gather(h, rbm.m, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
+    (rbm, "self.shards.sum_(of_hidden)", "pass", check_stack),
+    (pretrain, "x = above.gather(h, out=y)", "x = y; x[...] = 0; x[:, : h.shape[1]] = h",
      lambda count: check_layer_update(count, "cd", 1)),
     (offsets, "self.shards.sum_(of_b)", "pass", lambda count: check_layer_update(count, "cd", 1, centring="data")),
-    (finetune, "crossing[i][:, self._below(i).mine]", "crossing[i][:, : below.shape[1]]", check_finetuning_update),
+    (finetune, "self.dbn.layers[i].own(crossing[i])", "crossing[i][:, : below.shape[1]]", check_finetuning_update),
     (finetune, "a[level][:, self._below(level).mine]", "a[level][:, : self._below(level).width]",
      lambda count: check_finetuning_update(count, "autoencoder")),
     (finetune, "self.shards.gather(crossing[i], self.units[i], out=below)",

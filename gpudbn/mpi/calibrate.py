@@ -165,7 +165,8 @@ def compute(settings: Settings) -> dict[str, Any]:
     if settings.optimiser in BATCH_OPTIMISERS:  # made of sums, as those of any other
         settings = replace(settings, optimiser="sgd", finetune_batch=min(settings.finetuning_batch, AT_ONCE_ROWS))
     data, labelled = load_data(settings, quiet=True)
-    training = Training(DBN([data.train.n, *settings.layers]), data, settings, Alone(), labelled=labelled)
+    dbn = DBN([data.train.n, *settings.layers], local=settings.local)
+    training = Training(dbn, data, settings, Alone(), labelled=labelled)
     clock = time.perf_counter if (settings.threads or 1) > 1 else time.process_time
     phases, jitters = [], []
     for index in range(training.phases):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpudbn.arrays import Array, module_of
+from gpudbn.arrays import Array, module_of, to_cpu
 from gpudbn.mpi.nccl import Nccl
 from gpudbn.mpi.wire import Wire
 from gpudbn.shards import Shards
@@ -51,6 +51,17 @@ class Parts(Shards):
             for index, columns in enumerate(mine):
                 out[..., columns] = padded[index, ..., : columns.stop - columns.start]
         return out
+
+    def swap(self, give: Sequence[Array | None], take: Sequence[Array | None]) -> None:
+        with span("borders of parts"):
+            there = [None if array is None else np.empty(array.shape, array.dtype) for array in take]
+            requests = [self.wire.irecv(array, part) for part, array in enumerate(there) if array is not None]
+            requests += [self.wire.isend(np.ascontiguousarray(to_cpu(array)), part)
+                         for part, array in enumerate(give) if array is not None]
+            self.wire.wait(*requests)
+            for out, array in zip(take, there, strict=True):
+                if out is not None:
+                    out[...] = module_of(out).asarray(array)
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         return self.wire.collect(array)

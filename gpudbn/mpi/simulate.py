@@ -87,7 +87,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
         exchange = join(wire, plan, size) if wire.size > 1 else _Alone(wire)
         if isinstance(exchange, Server):
             return exchange.serve() | wire.place
-        dbn = DBN([data.train.n, *settings.layers], np)
+        dbn = DBN([data.train.n, *settings.layers], np, local=settings.local)
         for item in _Timed(dbn, data, settings, exchange, labelled, wire).run():
             if exchange.chief:
                 found.records.append(item)
