@@ -16,6 +16,8 @@ h0, hk with the rows of all updates; each part begins at a multiple of 8 bytes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from gpudbn.arrays import Array, module_of, to_cpu
@@ -120,17 +122,59 @@ def _unpack(kind: int, message: Array, count: int, levels: int) -> tuple[Array, 
     return values, used + -used % 8
 
 
-def unpack(message: Array, parameters: Array, out: Array) -> None:
-    """out <- the change that a message says, of the shard that it was packed for.
+class Activations(NamedTuple):
+    """What a message says: W <- kept W + v^T (s later h);  b += v^T s;  c += h^T s.
+
+    K rows: those of the data of all updates, then those of the model. ``v`` has only the columns from ``low`` on that
+    a shard wants, which begins at entry ``first`` of W, b and c end to end.
+    """
+
+    n: int
+    m: int
+    first: int
+    low: int
+    v: Array  # (K, columns), float32
+    h: Array  # (K, m), float32
+    s: Array  # (K,), float32: rate / rows; of the model negative, and times w
+    later: Array  # (K,), float32: what the updates that follow leave of weights
+    kept: float  # what all updates leave of them
+
+    def change(self, parameters: Array, out: Array) -> None:
+        """out <- the change of the shard, arrays (size,), float32; its parameters are not modified."""
+        (n, m, first, low, v, h, s), xp = self[:7], module_of(self.v, out)
+        a, b = _overlap(first, out.size, 0, n * m)
+        if a < b:
+            top, bottom = a // m, -(-b // m)
+            dW = xp.matmul(v[:, top - low : bottom - low].T, h * (s * self.later)[:, None])
+            out[: b - a] = dW.ravel()[a - top * m : b - top * m]
+            out[: b - a] -= parameters[: b - a] * np.float32(1 - self.kept)
+        a, b = _overlap(first, out.size, n * m, n)
+        if a < b:
+            out[n * m + a - first : n * m + b - first] = xp.matmul(s, v[:, a - low : b - low])
+        a, b = _overlap(first, out.size, n * m + n, m)
+        if a < b:
+            out[n * m + n + a - first : n * m + n + b - first] = xp.matmul(s, h[:, a:b])
+
+    def whole(self, size: int) -> bool:
+        """Whether a shard of so many entries is all of W, b and c."""
+        return self.first == 0 and size == self.n * self.m + self.n + self.m
+
+    def factors(self) -> tuple[Array, Array, Array]:
+        """v, h and ``ones`` for ``reference.cd_sums``: of one data row and others with weight -1, so that all count and
+        nothing is divided, they make the change of W, b and c but for its decay."""
+        xp = module_of(self.v, self.h)
+        return self.v, self.h * (self.s * self.later)[:, None], xp.concatenate([self.s, np.float32(1) / self.later])
+
+
+def read(message: Array) -> Activations:
+    """What a message of ``Factors.pack`` says.
 
     Parameters
     ----------
     message : array (bytes,), uint8
-        Of ``Factors.pack``; begins at a multiple of 8 bytes in memory.
-    parameters, out : arrays (size,), float32
-        The shard, whose weights decay: not modified; and its change.
+        Begins at a multiple of 8 bytes in memory.
     """
-    xp = module_of(message, parameters, out)
+    xp = module_of(message)
     words = to_cpu(message[: 8 * WORDS]).view(np.float64).astype(np.int64)
     n, m, first, low, high, levels, updates = (int(word) for word in words[:7])
     start, end = 8 * WORDS, 8 * (WORDS + PER_UPDATE * updates)
@@ -146,15 +190,4 @@ def unpack(message: Array, parameters: Array, out: Array) -> None:
     later = np.append(np.cumprod(kept[::-1])[::-1][1:], 1)  # what later updates leave of an update's weights
     s, kept_of_row = (xp.asarray(np.concatenate([np.repeat(x, count) for x, count in zip(pair, counts.T, strict=True)])
                                  .astype(np.float32)) for pair in ((rate, -rate * model_weight), (later, later)))
-    a, b = _overlap(first, out.size, 0, n * m)
-    if a < b:
-        top, bottom = a // m, -(-b // m)
-        dW = xp.matmul(v[:, top - low : bottom - low].T, h * (s * kept_of_row)[:, None])
-        out[: b - a] = dW.ravel()[a - top * m : b - top * m]
-        out[: b - a] -= parameters[: b - a] * np.float32(1 - np.prod(kept))
-    a, b = _overlap(first, out.size, n * m, n)
-    if a < b:
-        out[n * m + a - first : n * m + b - first] = xp.matmul(s, v[:, a - low : b - low])
-    a, b = _overlap(first, out.size, n * m + n, m)
-    if a < b:
-        out[n * m + n + a - first : n * m + n + b - first] = xp.matmul(s, h[:, a:b])
+    return Activations(n, m, first, low, v, h, s, kept_of_row, float(np.prod(kept)))

@@ -38,11 +38,12 @@ class SGD:
         twins_of(parameters).sgd_step(parameters, gradient, weights=weights, scale=scale, rate=rate, decay=self.decay)
 
     def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
-                              rate: float) -> None:
+                              ones: Array | None = None, decay: float | None = None, rate: float) -> None:
         """``step`` with the gradient of an RBM that is not written: ``reference.cd_sgd``."""
         twins = twins_of(parameters, v, h)
         twins.cd_sgd(parameters, _work(parameters), v.shape[1], h.shape[1], v, h, rows,
-                     model_weight=model_weight, rate=rate, decay=self.decay)
+                     model_weight=model_weight, ones=ones, rate=rate,
+                     decay=self.decay if decay is None else decay)
 
 
 class Momentum:
@@ -58,11 +59,12 @@ class Momentum:
                                            rate=rate, momentum=self.momentum, decay=self.decay)
 
     def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
-                              rate: float) -> None:
+                              ones: Array | None = None, decay: float | None = None, rate: float) -> None:
         """``step`` with the gradient of an RBM that is not written: ``reference.cd_update``."""
         twins = twins_of(parameters, v, h)
         twins.cd_update(parameters, self.state["velocity"], _work(parameters), v.shape[1], h.shape[1], v, h, rows,
-                        model_weight=model_weight, rate=rate, momentum=self.momentum, decay=self.decay)
+                        model_weight=model_weight, ones=ones, rate=rate, momentum=self.momentum,
+                        decay=self.decay if decay is None else decay)
 
 
 class Adagrad:
@@ -78,11 +80,12 @@ class Adagrad:
                                           rate=rate, decay=self.decay)
 
     def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
-                              rate: float) -> None:
+                              ones: Array | None = None, decay: float | None = None, rate: float) -> None:
         """``step`` with the gradient of an RBM that is not written: ``reference.cd_adagrad``."""
         twins = twins_of(parameters, v, h)
         twins.cd_adagrad(parameters, self.state["squares"], _work(parameters), v.shape[1], h.shape[1], v, h, rows,
-                         model_weight=model_weight, rate=rate, decay=self.decay)
+                         model_weight=model_weight, ones=ones, rate=rate,
+                         decay=self.decay if decay is None else decay)
 
 
 class Adam:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpudbn import factors, reference
-from gpudbn.factors import PER_UPDATE, WORDS, Factors, unpack
+from gpudbn.factors import PER_UPDATE, WORDS, Factors, read
 from tests.helpers import assert_close, assert_notices
 
 N, M = 13, 5
@@ -38,7 +38,7 @@ def check(counts, first=0, size=SIZE, **kinds):
         v[...] = h[...] = 0.5  # its memory is used for the next update
     found, part = np.full(size, np.nan, np.float32), slice(first, first + size)
     message = collected.pack(first, size)
-    unpack(message, start[part], found)
+    read(message).change(start[part], found)
     assert_close(found, (p - start)[part], atol=2e-6)
     assert np.abs(found).max() > 1e-3
     return message
@@ -67,9 +67,9 @@ def test_a_shard_gets_what_makes_its_entries(first, size):
 
 @pytest.mark.parametrize(("line", "fault"), [
     ("later = np.append(np.cumprod(kept[::-1])[::-1][1:], 1)", "later = np.ones(len(kept))"),
-    ("np.float32(1 - np.prod(kept))", "np.float32(1 - kept[0])"),
-    ("h * (s * kept_of_row)[:, None]", "h * s[:, None]"),
-    ("xp.matmul(s, h[:, a:b])", "xp.matmul(s * kept_of_row, h[:, a:b])"),
+    ("float(np.prod(kept))", "float(kept[0])"),
+    ("h * (s * self.later)[:, None]", "h * s[:, None]"),
+    ("xp.matmul(s, h[:, a:b])", "xp.matmul(s * self.later, h[:, a:b])"),
     ("(rate, -rate * model_weight)", "(rate, -rate)"),
     ("return values, used + -used % 8", "return values, used"),
     ("tuple(x.copy() for x in", "tuple(x for x in"),

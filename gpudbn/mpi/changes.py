@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpudbn.arrays import Array, module_of
-from gpudbn.factors import Factors, unpack
+from gpudbn.factors import Factors, read
 from gpudbn.mpi.rules import Rule
 from gpudbn.precision import from_bf16, round_to_bf16
 from gpudbn.scratch import Scratch
@@ -136,7 +136,7 @@ def decode(label: np.ndarray, payload: Array, parameters: Array, *, out: Array) 
     elif label[ENCODING] == BFLOAT16:
         out[...] = from_bf16(payload.view(np.uint16))
     elif label[ENCODING] == FACTORED:
-        unpack(payload, parameters, out)
+        read(payload).change(parameters, out)
     else:
         raise ValueError(f"decode: encoding must be one of {DENSE} to {FACTORED}; got {label[ENCODING]}")
     return out
@@ -153,6 +153,12 @@ def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, stal
     replica : int
         Whose change it is.
     """
+    if label[ENCODING] == FACTORED:
+        made = read(payload)
+        if made.whole(parameters.size) and made.kept > 0:
+            v, h, ones = made.factors()
+            if _bounded(v, h) and rule.activations(parameters, v, h, ones, 1 - made.kept, staleness):
+                return True
     xp = module_of(parameters, payload)
     work = _scratch.get("change", parameters.shape) if xp is np else xp.empty_like(parameters)
     change = decode(label, payload, parameters, out=work)
@@ -160,6 +166,12 @@ def apply(rule: Rule, parameters: Array, label: np.ndarray, payload: Array, stal
         return False
     rule(parameters, change, staleness, replica)
     return True
+
+
+def _bounded(v: Array, h: Array) -> bool:
+    """Whether no entry of v^T h can be infinite or NaN: none is more than the product of both lengths."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(module_of(v, h).isfinite((v.ravel() @ v.ravel()) * (h.ravel() @ h.ravel())))
 
 
 def _finite(change: Array) -> bool:

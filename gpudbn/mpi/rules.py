@@ -49,6 +49,22 @@ class Rule:
         """Change the parameters by the change of a replica, which is not modified."""
         self.step(parameters, change, staleness)
 
+    def activations(self, parameters: Array, v: Array, h: Array, ones: Array, decay: float,
+                    staleness: int) -> bool:  # noqa: ARG002
+        """The same with the change of an RBM that came as factors and is not written; False, and not, if it has to be.
+
+        Parameters
+        ----------
+        v, h, ones : arrays
+            Of ``factors.Activations.factors``.
+        decay : float
+            What the change takes from weights, as a share of them.
+        """
+        if self.step is not add:
+            return False
+        _step(optimiser.SGD(parameters, decay=0.0), parameters, v, h, ones, decay, 1.0)
+        return True
+
     def state(self) -> dict[str, Array]:
         """What a checkpoint has to keep: arrays (size,), float32, to be modified in place."""
         return {}
@@ -88,10 +104,12 @@ class Steps(Rule):
         """One step with a change (size,), on the CPU or the GPU."""
         self._rule.step(parameters, change, weights=0, scale=1.0, rate=self._rate(staleness))
 
-    def activations(self, parameters: Array, v: Array, h: Array, rows: int, staleness: int, *,
-                    model_weight: float = 1.0) -> None:
-        """One step with the change of an RBM that came as its activations: see ``reference.cd_sums``."""
-        self._rule.step_with_activations(parameters, v, h, rows, model_weight=model_weight, rate=self._rate(staleness))
+    def activations(self, parameters: Array, v: Array, h: Array, ones: Array, decay: float, staleness: int) -> bool:
+        """One step; not by Adagrad with a decay, which would count among what is squared."""
+        if decay and isinstance(self._rule, optimiser.Adagrad):
+            return False
+        _step(self._rule, parameters, v, h, ones, decay, self._rate(staleness))
+        return True
 
 
 class Compensated(Rule):
@@ -131,6 +149,10 @@ class Compensated(Rule):
     def pulled(self, replica: int, parameters: Array) -> None:
         self._bases[replica][...] = parameters
 
+    def activations(self, *_: Any) -> bool:
+        """It wants the change itself."""
+        return False
+
     def __call__(self, parameters: Array, change: Array, staleness: int, replica: int = 0) -> None:
         """The rule, with the compensated change of a replica."""
         self.rule(parameters, self._compensated(parameters, change, self._bases[replica]), staleness, replica)
@@ -153,6 +175,11 @@ class Compensated(Rule):
         out *= self.strength
         out += change
         return out
+
+
+def _step(rule: Any, parameters: Array, v: Array, h: Array, ones: Array, decay: float, rate: float) -> None:
+    """A step with the sum over all rows: one kernel on a GPU."""
+    rule.step_with_activations(parameters, v, h, 1, model_weight=-1.0, ones=ones, decay=decay, rate=rate)
 
 
 def from_settings(settings: Settings) -> Rule:

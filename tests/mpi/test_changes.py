@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from gpudbn import loop, pretrain
+from gpudbn import factors, loop, optimiser, pretrain
 from gpudbn.arrays import to_cpu, to_gpu
 from gpudbn.factors import Factors
-from gpudbn.mpi import changes
+from gpudbn.mpi import changes, rules
 from gpudbn.mpi.changes import BYTES, Packing, decode
 from gpudbn.mpi.costs import Compute, Costs
-from gpudbn.mpi.rules import Compensated, Rule
+from gpudbn.mpi.rules import Compensated, Rule, Steps
 from gpudbn.mpi.simulate import simulate
 from tests import pretend_cupy
-from tests.helpers import assert_close, assert_notices
+from tests.cuda_on_cpu import runtime
+from tests.helpers import assert_close, assert_notices, planted
 from tests.mpi.test_protocol import Job
 from tests.test_loop import small_data, small_settings
 
@@ -143,6 +146,84 @@ def test_on_a_gpu_changes_are_packed_and_applied_to_the_same_bits(push):
 
 
 # -- factored: the product itself is tested in tests/test_factors.py
+
+SGD, MOMENTUM = partial(optimiser.SGD, decay=0.0), partial(optimiser.Momentum, momentum=0.6, decay=0.0)
+ADAGRAD = partial(optimiser.Adagrad, decay=0.0)
+N, M = 13, 7
+KERNELS = [  # a rule, the decay at the replica, the kernel by which it applies a change that is not written
+    (Rule, 0.3, "cd_sgd"), (partial(Steps, SGD, rate=0.7, by_staleness=True), 0.3, "cd_sgd"),
+    (partial(Steps, MOMENTUM, rate=0.7), 0.3, "cd_update"), (partial(Steps, ADAGRAD, rate=0.05), 0.0, "cd_adagrad"),
+    (partial(Steps, ADAGRAD, rate=0.05), 0.3, "adagrad_step"),
+    (lambda: Compensated(Rule(), 2.0), 0.3, None)]
+
+
+def applied(rule, put, decay, *, dense, first=0, size=N * M + N + M):
+    """A server's parameters after two turns of three updates, which came as activations or as what those change."""
+    rng, p = np.random.default_rng(3), put(np.linspace(-2, 2, size, dtype=np.float32))
+    rule.begin(p, 1)
+    for staleness in (0, 3):
+        updates = Factors(N, M)
+        for rows in (4, 4, 3):
+            v, h = (rng.integers(0, 2, (2 * rows, k)).astype(np.float32) for k in (N, M))
+            h[rows:] = rng.random((rows, M))
+            updates.add(put(v), put(h), rows, model_weight=1.0, rate=0.1 * rows, decay=decay)
+        label = np.zeros(changes.WORDS, np.int64)
+        label[changes.ENCODING], payload = changes.FACTORED, updates.pack(first, size)
+        if dense:
+            payload = decode(label, payload, p, out=put(np.empty(size, np.float32))).view(np.uint8)
+            label[changes.ENCODING] = changes.DENSE
+        assert changes.apply(rule, p, label, payload, staleness)
+    return to_cpu(p)
+
+
+def check_factored(make, decay, kernel):
+    expected = applied(make(), np.copy, decay, dense=True)
+    assert np.abs(expected - np.linspace(-2, 2, len(expected))).max() > 0.05
+    assert_close(applied(make(), np.copy, decay, dense=False), expected, atol=1e-5)
+    with pretend_cupy.installed() as device:
+        assert_close(applied(make(), to_gpu, decay, dense=False), expected, atol=1e-5)
+        assert device.launched == [kernel] * 2 if kernel else device.launched == []
+
+
+@pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
+@pytest.mark.parametrize(("make", "decay", "kernel"), KERNELS)
+def test_a_server_applies_activations_as_their_change_in_one_kernel(make, decay, kernel):
+    check_factored(make, decay, kernel)
+
+
+@pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
+@pytest.mark.parametrize(("module", "line", "fault", "case"), [
+    (changes, "1 - made.kept, staleness", "made.kept, staleness", 0),
+    (rules, "decay, self._rate(staleness))", "decay, self._rate(0))", 1),
+    (rules, "v, h, 1, model_weight=-1.0, ones=ones", "v, h, 1, model_weight=-1.0", 0),
+    (rules, "v, h, 1, model_weight=-1.0", "v, h, 2, model_weight=-1.0", 2),
+    (rules, "if decay and isinstance", "if False and isinstance", 4),
+    (factors, "[self.s, np.float32(1) / self.later]", "[self.s, self.later]", 0),
+    (factors, "return self.v, self.h * (self.s * self.later)[:, None]", "return self.v, self.h * self.s[:, None]", 2),
+])
+def test_activations_that_are_applied_otherwise_are_noticed(module, line, fault, case):
+    with pytest.raises(AssertionError), planted(module, line, fault):
+        check_factored(*KERNELS[case])
+
+
+@pytest.mark.parametrize(("first", "size"), [(0, 50), (37, N * M + N + M - 37)])
+def test_a_shard_gets_its_part_as_a_change(first, size):
+    parts = [applied(Rule(), np.copy, 0.3, dense=dense, first=first, size=size) for dense in (False, True)]
+    assert np.array_equal(*parts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_activations_that_are_not_finite_are_refused(value):
+    p, updates = np.zeros(N * M + N + M, np.float32), Factors(N, M)
+    v, h = np.ones((4, N), np.float32), np.ones((4, M), np.float32)
+    v[1, 2] = value
+    with np.errstate(over="ignore", invalid="ignore"):
+        updates.add(v, h * 10, 2, model_weight=1.0, rate=2.0, decay=0.0)
+        label = np.zeros(changes.WORDS, np.int64)
+        label[changes.ENCODING] = changes.FACTORED
+        assert not changes.apply(Rule(), p, label, updates.pack(0, p.size), 0)
+    assert not p.any()
+
 
 COSTS = Compute(update=(2e-3, 1e-4), sums=(1e-3, 1e-4), step=(5e-4, 0.0), measure=(0.0, 1e-5))
 

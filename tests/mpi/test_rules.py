@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from gpudbn import optimiser, reference
+from gpudbn import optimiser
 from gpudbn.errors import UserError
 from gpudbn.mpi import Plan, join, replica, rules, server
 from gpudbn.mpi.rules import Compensated, Rule, Steps, from_settings
@@ -46,19 +46,6 @@ def test_a_stale_change_counts_less():
     for staleness, expected in ((0, 0.5), (1, 1.0), (4, 1.125)):
         steps(p, np.ones(3, np.float32), staleness)
         assert_close(p, np.full(3, expected), atol=1e-7)
-
-
-def test_a_change_may_come_as_activations():
-    """A server's rule forms the gradient of an RBM itself."""
-    rng = np.random.default_rng(0)
-    v, h = rng.random((11, 5), np.float32), rng.random((11, 3), np.float32)
-    p = rng.random(23, np.float32)
-    expected, squares = p.copy(), np.zeros_like(p)
-    reference.cd_adagrad(expected, squares, np.empty_like(p), 5, 3, v, h, 7, model_weight=0.5, rate=0.1, decay=0)
-    steps = Steps(partial(optimiser.Adagrad, decay=0), rate=0.2, by_staleness=True)
-    steps.begin(p, 1)
-    steps.activations(p, v, h, 7, 2, model_weight=0.5)
-    assert np.array_equal(p, expected)
 
 
 def check_compensation(monkeypatch):
