@@ -86,7 +86,7 @@ def test_a_late_change_is_compensated_for_where_the_parameters_have_gone(monkeyp
     (rules, "xp.subtract(base, parameters, out=work)", "xp.subtract(parameters, base, out=work)"),
     (rules, "square *= self.KEEP", "pass"),
     (server, "self.rule.pulled(replica, self.parameters)", "pass"),
-    (server, "self._take()  # what", "pass  # what"),
+    (server, "self._take()  # what this", "pass  # what this"),
 ])
 def test_another_compensation_is_noticed(monkeypatch, module, line, fault):
     assert_notices(lambda: check_compensation(monkeypatch), module, line, fault)
