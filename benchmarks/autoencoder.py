@@ -34,11 +34,11 @@ from gpudbn.settings import Settings
 
 HERE = Path(__file__).parent
 # the likeliest first
+SEARCHES = [{"finetune_batch": batch, "line_searches": searches}
+            for batch, searches in ((1000, 3), (500, 3), (2500, 10), (10_000, 1000))]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "lbfgs": [{"finetune_batch": 1000, "line_searches": 3}, {"finetune_batch": 2500, "line_searches": 10},
-              {"finetune_batch": 10_000, "line_searches": 1000}, {"finetune_batch": 1000, "line_searches": 8}],
-    "cg": [{"finetune_batch": 1000, "line_searches": 3}, {"finetune_batch": 2500, "line_searches": 10},
-           {"finetune_batch": 10_000, "line_searches": 1000}, {"finetune_batch": 1000, "line_searches": 8}],
+    "lbfgs": SEARCHES,
+    "cg": SEARCHES,
     "adam": [{"finetune_batch": 100, "finetune_learning_rate": rate} for rate in (1e-3, 3e-4, 3e-3, 1e-4)],
     "sgd": [{"finetune_batch": 100, "finetune_learning_rate": rate} for rate in (0.01, 0.03, 0.003, 0.1)],
 }

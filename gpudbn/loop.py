@@ -108,7 +108,7 @@ class Training:
         self.interrupt = False
         self.depth = len(dbn.layers)
         if (settings.optimiser in BATCH_OPTIMISERS and settings.finetune_epochs and exchange.replicas > 1
-                and not exchange.searches):
+                and not exchange.gives_portions):
             raise UserError(f"--optimiser: must be adam, adagrad or sgd with several replicas in --mode {settings.mode}"
                             f"; got {settings.optimiser} and {exchange.replicas}. Use --mode async")
         finetune = settings.finetune_epochs > 0 and (settings.finetune == "autoencoder" or
@@ -453,7 +453,7 @@ class Training:
             phase.sums(sums, feed, pieces[0])
             self.exchange.add_(sums)
             phase.step(sums, len(positions))
-        elif self._searches(self.index):
+        elif self._in_portions(self.index):
             assert isinstance(phase, FinetunePhase)
             s, portion, (piece,) = self.settings, phase.portion, pieces
             self.exchange.search(phase.parameters, phase.total, lambda first, end: portion(feed, piece, first, end),
@@ -476,18 +476,18 @@ class Training:
     def _set(self, index: int) -> DataSet:
         return self.data if index < self.depth else self.labelled
 
-    def _searches(self, index: int) -> bool:
+    def _in_portions(self, index: int) -> bool:
         """Whether replicas compute portions of batches in a phase, whose optimiser is somewhere else."""
-        return index >= self.depth and self.settings.optimiser in BATCH_OPTIMISERS and self.exchange.searches
+        return index >= self.depth and self.settings.optimiser in BATCH_OPTIMISERS and self.exchange.gives_portions
 
     @property
     def _own_rows(self) -> bool:
         """Whether each replica learns from rows of its own in the current phase."""
-        return self.exchange.shards_rows and not self._searches(self.index)
+        return self.exchange.shards_rows and not self._in_portions(self.index)
 
     def _shard(self, index: int) -> Rows:
         """The rows this replica learns from in a phase: its shard, or all of them where batches are cut."""
-        rows, own = self._set(index).train, self.exchange.shards_rows and not self._searches(index)
+        rows, own = self._set(index).train, self.exchange.shards_rows and not self._in_portions(index)
         return rows.shard(self.exchange.replica, self.exchange.replicas) if own else rows
 
     def _first_row(self) -> int:

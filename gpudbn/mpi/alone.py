@@ -41,8 +41,8 @@ class Exchange:
         Whether each replica learns from rows of its own, and calls ``exchange`` between its updates.
     wants_factors : bool
         Whether changes are to be pushed as what made them, where that is known.
-    searches : bool
-        Whether the vectors of a batch optimiser are somewhere else, and replicas call ``search``.
+    gives_portions : bool
+        Whether a batch optimiser runs somewhere else and has replicas compute portions of a batch: see ``search``.
     factors : Factors or None
         Where the phase notes the updates of a turn, for ``exchange``; the loop sets it.
     tally : Tally
@@ -64,7 +64,7 @@ class Exchange:
     cuts_batches = False
     shards_rows = False
     wants_factors = False
-    searches = False
+    gives_portions = False
     factors: Factors | None = None
     transport = ""
 
@@ -187,7 +187,7 @@ class Exchange:
 
     def search(self, parameters: Array, gradient: Array, compute: Callable[[int, int], float], rows: int, *,
                method: str, history: int, searches: int, portions: int | None = None) -> None:
-        """Where the exchange ``searches``: what a batch optimiser makes of a batch, see ``sandblaster.py``.
+        """Where the exchange ``gives_portions``: what a batch optimiser makes of a batch, see ``sandblaster.py``.
 
         Parameters
         ----------

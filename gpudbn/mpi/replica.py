@@ -130,7 +130,7 @@ class Asynchronous(Together):
     """
 
     shards_rows = True
-    searches = True
+    gives_portions = True
 
     def __init__(self, world: Wire, replicas: Wire, links: Sequence[Link], *,
                  max_staleness: int | None = None) -> None:
