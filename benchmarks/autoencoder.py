@@ -65,9 +65,7 @@ def batches(settings: Settings, rows: Rows) -> Iterator[Piece]:
 
 def measured(phase: AutoencoderPhase, rows: Rows) -> list[float]:
     """Mean cross-entropy and squared error of rows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        blocks = [phase.measure(rows, np.arange(first, min(first + 250, len(rows))))
-                  for first in range(0, len(rows), 250)]
+    blocks = [phase.measure(rows, np.arange(first, min(first + 250, len(rows)))) for first in range(0, len(rows), 250)]
     return [float(value) / len(rows) for value in np.sum(blocks, axis=0)]
 
 
@@ -159,7 +157,8 @@ def main() -> None:
             settings = SETTINGS[optimiser][place]
             if any((r["optimiser"], r["settings"]) == (optimiser, settings) for r in results["runs"]):
                 continue
-            found = run(dbn, data, dataclasses.replace(base, optimiser=optimiser, **settings), given.passes)
+            with np.errstate(over="ignore", invalid="ignore"):  # a run may diverge
+                found = run(dbn, data, dataclasses.replace(base, optimiser=optimiser, **settings), given.passes)
             results["runs"].append({"optimiser": optimiser, "settings": settings, **found})
             given.out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{optimiser:6} {settings} {found['passes']} passes  validation {found['validation_loss']} nats  "

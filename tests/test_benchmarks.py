@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import peers
+from benchmarks import autoencoder, peers
 from gpudbn.data import load
 
 TOP = Path(__file__).parents[1]
@@ -114,3 +114,32 @@ def test_a_program_without_its_package_or_gpu_is_not_run():
         "no_such_package not installed"
     assert peers.missing(peers.Program(peers.products, device="cuda"), gpu=False) == "no GPU here"
     assert peers.missing(peers.Program(peers.products), gpu=False) is None
+
+
+def test_autoencoder_spends_no_more_gradients_than_it_has(tmp_path, monkeypatch, capsys):
+    """Each optimiser from the same stack; a run that is in the file is not repeated."""
+    monkeypatch.setattr(autoencoder, "SETTINGS", {
+        "lbfgs": [{"finetune_batch": 70, "line_searches": 3}, {"finetune_batch": 500, "line_searches": 50}],
+        "cg": [{"finetune_batch": 70, "line_searches": 3}, {"finetune_batch": 500, "line_searches": 50}],
+        "adam": [{"finetune_batch": 10, "finetune_learning_rate": rate} for rate in (1e-3, 1e-2)],
+        "sgd": [{"finetune_batch": 10, "finetune_learning_rate": rate} for rate in (1e-2, 1e38)]})
+    out = tmp_path / "results.json"
+    arguments = ["x", "--data", "digits", "--rows", "200", "--validation", "50", "--layers", "20", "5", "--epochs", "1",
+                 "--passes", "6", "--budget", "2", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", arguments)
+    autoencoder.main()
+    runs = json.loads(out.read_text())["runs"]
+    assert len(runs) == 8
+    assert all(3 <= run["passes"] <= 6 for run in runs if run["validation_loss"] is not None)
+    assert [run["optimiser"] for run in runs if run["validation_loss"] is None] == ["sgd"]
+    assert all(run["curve"][0] == runs[0]["curve"][0] for run in runs), "they begin with the same"
+    learned = {run["optimiser"] for run in runs if (run["validation_loss"] or np.inf) < run["curve"][0][1]}
+    assert learned == set(autoencoder.SETTINGS)
+    said = capsys.readouterr().out
+    assert said.count("**") == 2 * 3 * 4
+    assert "| sgd | batch 10, learning rate 1e+38 |" in said
+    autoencoder.main()
+    assert json.loads(out.read_text())["runs"] == runs
+    monkeypatch.setattr("sys.argv", [*arguments[:-1], str(out), "--passes", "7"])
+    with pytest.raises(SystemExit):
+        autoencoder.main()

@@ -28,7 +28,7 @@ class Compute:
 
     Attributes
     ----------
-    update : an update by itself
+    update : an update by itself; that of a batch optimiser costs the sums of its evaluations
     sums : the sums of a piece of a batch, to be added to those of others
     step : a step with such sums
     measure : what is measured at the end of an epoch, 250 rows at a time
