@@ -18,7 +18,9 @@ The step is fixed, not fitted to the largest weight of a matrix: then W, its tra
 it are read alike, nothing must be found out before a product can start, and one large weight does not
 coarsen all others. What two limbs of a weight would cost and lose: four products of bytes instead of six where units
 are probabilities, and two instead of three where they are samples, whose lower limbs are 0 and left out; for the
-same range of weights the step would be 2^-10, which misses a weight by up to 5e-4 instead of 2e-6.
+same range of weights the step would be 2^-10, which misses a weight by up to 5e-4 instead of 2e-6. Then one sample in
+2000 would not be that of float32, instead of one in 500 000 (784 units below, a test). So a run in exact mode is
+almost the run in float32; two limbs would learn as well, but be another run.
 
 GPU twins: ``kernels/limbs.cuh``, ``kernels/rounded.cuh``, ``kernels/sigmoid.cuh``.
 """

@@ -133,6 +133,23 @@ def test_it_learns_as_well_as_float32():
     assert abs(exactly.mean() - fp32.mean()) < 2 * fp32.std(ddof=1)
 
 
+def other_samples(steps):
+    """The share of samples that differ from those of the same weights unrounded: the mean error of a probability."""
+    rng = np.random.default_rng(3)
+    W, c = rng.normal(0, 0.1, (784, 500)).astype(np.float32), rng.normal(-1, 1, 500).astype(np.float32)
+    v, mean = (rng.random((100, 784)) < 0.2).astype(np.float32), np.empty((100, 500), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "WEIGHT_STEPS", steps)
+        exact.half_step(mean, v, W, c, transpose=False)
+    return np.abs(mean - 1 / (1 + np.exp(-(v.astype(np.float64) @ W + c)))).mean()
+
+
+def test_three_limbs_of_a_weight_make_the_samples_of_float32_and_two_would_not():
+    """31 is the largest weight either way: 2^10 steps make it 16 bits, 2^18 make it 24."""
+    assert 1 / 5000 < other_samples(2.0**10) < 1 / 1000
+    assert other_samples(exact.WEIGHT_STEPS) < 1 / 500_000
+
+
 def test_the_choices_are_the_precisions_there_are():
     assert set(FIELDS["precision"].metadata["choices"]) == {"auto", *PRECISIONS}
 
