@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -52,9 +53,12 @@ def test_launches_of_an_update_are_those_that_are_counted(monkeypatch, k):
 def test_the_floors_are_those_of_the_design():
     """10 B n m flops at 790 TFLOP/s."""
     for sizes, floor in zip(counts.CASES, (0.5, 2.5, 217, 13_900), strict=True):
-        found = counts.prediction("graph", "bf16", *sizes)["us of products"]
-        assert abs(found / floor - 1) < 0.02
+        found = counts.prediction("graph", "bf16", *sizes)
+        assert abs(found["floor"] / floor - 1) < 0.02
+        assert found["us of products"] == found["floor"]
 
 
-def test_every_row_is_printed():
+def test_every_row_is_printed_and_in_the_readme():
     assert counts.table().count("\n") == len(counts.rows()) + 1
+    page = (Path(counts.__file__).parent / "README.md").read_text("utf-8")
+    assert counts.table() in page, "python -m benchmarks.counts gives another table"
