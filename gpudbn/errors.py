@@ -17,3 +17,7 @@ class NonFiniteError(ArithmeticError):
 
 class LostError(RuntimeError):
     """Processes without which the run cannot go on are gone; names them. Exit code 4: it can be resumed."""
+
+
+class PartLostError(LostError):
+    """Another part of this replica is gone: the replica cannot go on, others may."""

@@ -164,6 +164,10 @@ class FinetunePhase(Phase):
     def begin_turn(self) -> None:
         """Updates use the parameters where they are."""
 
+    def align(self) -> None:
+        """Biases of what is not cut, of the first shard: of the softmax; of an autoencoder on its way down."""
+        self.shards.first_(self.parameters[self.net.offsets[f"c{len(self.dbn.layers)}"] :])
+
     def sums(self, out: Array, rows: Source, piece: Piece, losses: Array | None = None) -> None:
         """``out`` (size,) <- the sum over rows of the gradient of minus the loss; ``losses`` (rows,) <- those."""
         count, xp = len(piece.positions), self.xp

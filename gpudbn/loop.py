@@ -45,7 +45,7 @@ from gpudbn.precision import chosen
 from gpudbn.pretrain import LayerPhase, Phase, Piece
 from gpudbn.rbm import RBM, new_chains
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
-from gpudbn.shards import Pieces, go_along
+from gpudbn.shards import Pieces, go_along, widest
 from gpudbn.tracing import span
 from gpudbn.twins import twins_of, without_kernels
 
@@ -60,14 +60,15 @@ FINITE = 2**64 - 1  # the flag as long as everything was finite
 
 
 def largest(settings: Settings, data: DataSet, labelled: DataSet | None = None) -> int:
-    """Entries of the largest parameter vector of a run."""
+    """Entries of the largest parameter vector of a run; where layers are cut, of a shard."""
     sizes = [data.train.n, *settings.layers]
+    own = [widest(m, settings.shards) for m in settings.layers]
     seen = [settings.of_layer("local", i) or n for i, n in enumerate(sizes[:-1])]  # by a hidden unit
-    layers = [f * m + n + m for f, (n, m) in zip(seen, itertools.pairwise(sizes), strict=True)]
+    layers = [f * m + n + m for f, n, m in zip(seen, sizes[:-1], own, strict=True)]
     if settings.finetune == "autoencoder":
-        return sum(2 * n * m + n + m for n, m in itertools.pairwise(sizes))
+        return sum(2 * n * m + n + m for n, m in zip(sizes[:-1], own, strict=True))
     classes = (labelled or data).classes
-    network = sum(f * m + m for f, m in zip([*seen, sizes[-1]], [*sizes[1:], classes], strict=True))
+    network = sum(f * m + m for f, m in zip([*seen, own[-1]], [*own, classes], strict=True))
     return max([*layers, network])
 
 
@@ -196,7 +197,7 @@ class Training:
         for name, array in phase.state().items():
             if kept:
                 array[...] = self.dbn.xp.asarray(kept[name]) if not isinstance(array, np.ndarray) else kept[name]
-        self.exchange.factors = phase.factors
+        self.exchange.factors, self.exchange.align = phase.factors, phase.align
         if "best" in kept:
             self.best_parameters = self.dbn.xp.asarray(kept["best"])
         self._phase_arrays = {}
@@ -536,7 +537,7 @@ class Training:
 
     def _look(self) -> None:
         """Raise NonFiniteError if parameters were not finite at the end of a turn. Waits for a GPU."""
-        found = int(to_cpu(self.flag)[0])
+        found = self.dbn.shards.least(int(to_cpu(self.flag)[0]))
         if found != FINITE:
             index, update = found >> 32, found % 2**32
             where = f"layer {index + 1}" if index < self.depth else "fine-tuning"
@@ -626,7 +627,7 @@ class Training:
             if self.best_parameters is not None:
                 own["phase.best"] = to_cpu(self.best_parameters)
         shards = self.dbn.shards
-        if self.exchange.replica != self.exchange.living[0]:
+        if not self.exchange.first:
             return None
         found = self.dbn.pieces()
         for name, array in own.items():

@@ -409,7 +409,8 @@ def _few_whole(count: int) -> Any:
 def _rank_names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Role and number of each rank, its part of the replica and its host if there are several."""
     hosts, parts = ({report.get(key) for report in reports} - {None} for key in ("host", "part"))
-    return [f"{report['role']} {report['number']}" + (f".{report['part']}" if len(parts) > 1 else "")
+    several = len(parts) > 1
+    return [f"{report['role']} {report['number']}" + (f".{report['part']}" if several and "part" in report else "")
             + (f" on {str(report['host']).split('.')[0]}" if len(hosts) > 1 else "") for report in reports]
 
 

@@ -70,6 +70,10 @@ class Phase(Protocol):
         """Updates follow; since the last ones others may have changed the parameters."""
         ...
 
+    def align(self) -> None:
+        """Parameters that several shards have, of one of which they are: make them its on all."""
+        ...
+
     def sums(self, out: Array, rows: Source, piece: Piece) -> None:
         """``out`` (exchanged,) <- sums over the rows of a piece: the gradient, uphill, and what more ``step`` needs."""
         ...
@@ -158,6 +162,14 @@ class LayerPhase(Phase):
         """Updates use the parameters where they are."""
         if self.factors is not None:
             self.factors.clear()
+
+    def align(self) -> None:
+        """b of the first shard, on all; of a local layer, of the one that owns the unit."""
+        b, local = self.rbm.b, self.rbm.local
+        if local is None:
+            self.dbn.shards.first_(b)
+        elif self.dbn.shards.count > 1:
+            local.gather(b[None, local.owned].copy(), b[None])
 
     def _visible(self, out: Array, rows: Source, piece: Piece) -> None:
         """Fill ``out`` with the visible units of this layer: data, binarised, and taken up by sampling."""

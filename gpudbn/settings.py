@@ -172,7 +172,7 @@ class Settings:
                        "their own shards of the data), sync (all ranks are replicas on slices of every batch) or local "
                        "(all ranks are replicas on their own shards, which meet every --period updates)",
                        group="distribution", choices=("async", "sync", "local"))
-    shards: int = option(1, "ranks that hold a replica together, each its hidden units of every layer; not with async",
+    shards: int = option(1, "ranks that hold a replica together, each its hidden units of every layer",
                          group="distribution", rule=AT_LEAST_1, metavar="M")
     servers: int = option(1, "async: ranks that serve, each a shard of the parameters", group="distribution",
                           rule=AT_LEAST_1, metavar="S")

@@ -126,6 +126,21 @@ class Shards:
     def swap(self, give: Sequence[Array | None], take: Sequence[Array | None]) -> None:
         """take[s] <- what shard s gives to this one, for all s; None on both sides where nothing is given."""
 
+    def first_(self, array: Array) -> None:
+        """array <- that of the first shard: what all shards have one of, and must have alike."""
+
+    def told(self, content: bytes) -> bytes:
+        """What the first shard tells, on all."""
+        return content
+
+    def texts(self, text: str) -> list[str]:
+        """The texts of all shards in order, on each."""
+        return [text]
+
+    def least(self, value: int) -> int:
+        """The least of all shards' values, whole numbers from 0, on each. None goes on before all have come."""
+        return value
+
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
         """The arrays of all shards in order, of any shapes, on the first; None elsewhere."""
         return [array]
@@ -194,3 +209,9 @@ class Shards:
 
 
 WHOLE = Shards()
+
+
+def widest(m: int, count: int) -> int:
+    """The most of a layer's ``m`` hidden units that one of so many shards has."""
+    pieces = -(-m // EDGE)
+    return min(m, EDGE * -(-pieces // count))

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn import __version__
-from gpudbn.errors import LostError, NonFiniteError, UserError
+from gpudbn.errors import LostError, NonFiniteError, PartLostError, UserError
 from gpudbn.mpi import launch
 from gpudbn.settings import Settings, command_line, parse, settings_of
 
@@ -150,7 +150,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
             show.say(f"interrupted; everything is saved. Go on with: {again}")
             return 130
         _finish(settings, run, book, dbn, labelled or data, exchange, show, last)
-    except NonFiniteError as error:
+    except (NonFiniteError, PartLostError) as error:
         if not exchange.leave(str(error)):
             show.say(f"go on from the last checkpoint: {again}")
             raise

@@ -123,7 +123,7 @@ def connect(plan: Plan, size: int | Callable[[], int]) -> Exchange | Server:
         raise UserError(f"mode: must be one of {', '.join(MODES)}; got {plan.mode!r}")
     world = launch.world()
     ranks = world.size if world else 1
-    if plan.mode == "async" and ranks < plan.servers + 1:
+    if plan.mode == "async" and ranks <= plan.servers:
         who = "a server" if plan.servers == 1 else f"{plan.servers} servers"
         raise UserError(f"mode: async must have at least {plan.servers + 1} ranks, {who} and a replica; got {ranks}. "
                         f"Start it with mpirun -n {plan.servers + 2}, or use sync")
@@ -185,19 +185,21 @@ def chosen(settings: Settings, ranks: int) -> Plan:
 
 def _check_shards(settings: Settings, mode: str, ranks: int) -> None:
     """Refuse what replicas in several parts cannot do."""
-    for name, value, good in (("mode", mode, ("sync", "local")),
+    for name, value, good in (("overlap", settings.overlap, ("off",)),  # parts call MPI while they compute
                               ("centring", settings.centring, ("off", *(["data"] if settings.order == "fast" else []))),
                               ("optimiser", settings.optimiser, ("adam", "adagrad", "sgd"))):
         if value not in good:
             raise UserError(f"--{name}: must be {' or '.join(good)} with --shards {settings.shards}; got {value}")
-    check_ranks(settings.shards, ranks)
+    check_ranks(settings.shards, ranks, settings.servers if mode == "async" else 0)
 
 
-def check_ranks(shards: int, ranks: int) -> None:
-    """Refuse ranks that are no whole number of replicas in so many parts."""
-    if ranks % shards:
-        raise UserError(f"--shards: must divide the number of ranks; got {shards} and {ranks}. "
-                        f"Start it with mpirun -n {shards * max(1, ranks // shards)}")
+def check_ranks(shards: int, ranks: int, servers: int = 0) -> None:
+    """Refuse ranks that are not some servers and a whole number of replicas in so many parts."""
+    replicas, rest = divmod(ranks - servers, shards)
+    if replicas < 1 or rest:
+        behind = f", less {servers} that serve{'s' * (servers == 1)}" if servers else ""
+        raise UserError(f"--shards: must divide the number of ranks{behind}; got {shards} and {ranks}. "
+                        f"Start it with mpirun -n {servers + shards * max(1, replicas)}")
 
 
 def join(wire: Wire, plan: Plan, size: int) -> Exchange | Server:
@@ -218,17 +220,22 @@ def join(wire: Wire, plan: Plan, size: int) -> Exchange | Server:
     from gpudbn.mpi.server import Server, Store, rooms
     from gpudbn.mpi.transport import ends
 
-    make = plan.rule or Rule
-    replicas = wire.split(int(wire.rank >= plan.servers))
-    found = [(wire.among([server, *range(plan.servers, wire.size)]), room)
-             for server, room in rooms(size, plan.servers).items()]
-    mine = [(each, room) for each, room in found if each is not None]
-    server_end, replica_end = ends(plan.transport, replicas)
-    if wire.rank < plan.servers:
-        stores = [Store(each, room, make(), server_end) for each, room in mine]
-        return Server(wire, stores, replicas if plan.servers > 1 else None)
-    links = [Link(each, room, partial(replica_end, asking=make().asks), push=plan.push) for each, room in mine]
-    return (Overlapped if plan.overlap else Asynchronous)(wire, replicas, links, max_staleness=plan.max_staleness)
+    make, servers, shards = plan.rule or Rule, plan.servers, plan.shards
+    everyone = wire.split(int(wire.rank >= servers))  # who serves; or who computes
+    server_end, replica_end = ends(plan.transport, everyone)
+    # a wire for each server and part that have something in common; on both their ends are made in this order
+    pairs = [(server, part, room) for part in range(shards)
+             for server, room in rooms(size, servers, shards, part).items()]
+    wires = [wire.among([server, *range(servers + part, wire.size, shards)]) for server, part, _ in pairs]
+    mine = [(each, *pair) for each, pair in zip(wires, pairs, strict=True) if each is not None]
+    if wire.rank < servers:
+        stores = [Store(each, room, make(), server_end) for each, _, _, room in mine]
+        return Server(wire, stores, everyone if servers > 1 else None)
+    end = partial(replica_end, asking=make().asks)
+    links = [Link(each, room, end, push=plan.push, head=server * shards // servers == part)
+             for each, server, part, room in mine]
+    return (Overlapped if plan.overlap else Asynchronous)(wire, everyone, links, shards,
+                                                          max_staleness=plan.max_staleness)
 
 
 def roles(ranks: int, servers: int, shards: int = 1) -> list[str]:

@@ -45,6 +45,8 @@ class Exchange:
         Whether a batch optimiser runs somewhere else and has replicas compute portions of a batch: see ``search``.
     factors : Factors or None
         Where the phase notes the updates of a turn, for ``exchange``; the loop sets it.
+    align : callable
+        Makes parameters that several parts of a replica have the same on all of them; the loop sets it.
     tally : Tally
         What this replica does when: ``with exchange.tally.timing("measuring"): ...``
     transport : str
@@ -69,12 +71,18 @@ class Exchange:
     transport = ""
 
     def __init__(self, tally: Tally | None = None) -> None:
+        self.align: Callable[[], None] = lambda: None
         self.tally = tally or Tally(self.clock)
         self.tally.enter("computing")
 
     @property
+    def first(self) -> bool:
+        """Whether my replica is the first of the living."""
+        return self.replica in self.living[:1]
+
+    @property
     def chief(self) -> bool:
-        return self.replica in self.living[:1] and self.shards.index == 0
+        return self.first and self.shards.index == 0
 
     @property
     def alone(self) -> bool:
@@ -230,7 +238,10 @@ class Exchange:
         return bool(flag)
 
     def collect(self, array: np.ndarray) -> list[np.ndarray] | None:
-        """The arrays of all the living in order, of any shapes, on the first; None elsewhere."""
+        """The arrays of all the living in order, of any shapes, on the first; None elsewhere.
+
+        Of replicas that are cut, those of the same part.
+        """
         return [array]
 
     def told(self, text: str) -> str:

@@ -28,25 +28,30 @@ class Together(Exchange):
 
     Parameters
     ----------
+    everyone : Wire
+        The replicas: all parts of all of them.
+    parts : int
+        How many neighbouring ranks hold a replica together.
+
+    Attributes
+    ----------
     wire : Wire
         The replicas; where they are cut, the same part of each.
-    parts : Wire, optional
-        The parts of my replica, if it is cut.
-    everyone : Wire, optional
-        All parts of all replicas.
     """
 
-    def __init__(self, wire: Wire, parts: Wire | None = None, everyone: Wire | None = None) -> None:
-        self.wire, self.everyone = wire, everyone or wire
-        super().__init__(wire.tally)
-        self.replica, self.replicas = wire.rank, wire.size
-        self.living = tuple(range(wire.size))
-        self.local_replica = self.everyone.local_rank()
+    def __init__(self, everyone: Wire, parts: int = 1) -> None:
+        self.wire = self.everyone = everyone
+        if parts > 1:
+            self.shards = Parts(everyone.split(everyone.rank // parts))
+            self.wire = everyone.split(everyone.rank % parts)
+        super().__init__(self.wire.tally)
+        self.replica, self.replicas = self.wire.rank, self.wire.size
+        self.living = tuple(range(self.replicas))
+        self.local_replica = everyone.local_rank()
         label = f"replica {self.replica} of {self.replicas}"
-        if parts is not None:
-            self.shards = Parts(parts)
-            label += f", part {self.shards.index} of {self.shards.count}"
-        wire.label = self.everyone.label = label
+        if parts > 1:
+            label += f", part {self.shards.index} of {parts}"
+        self.wire.label = everyone.label = label
 
     def clock(self) -> float:
         return self.wire.clock()
@@ -82,12 +87,7 @@ class Peers(Together):
     """Replicas without a server: all ranks of the wire."""
 
     def __init__(self, wire: Wire, parts: int = 1) -> None:
-        """``parts``: how many neighbouring ranks hold a replica together."""
-        if parts == 1:
-            super().__init__(wire)
-        else:
-            mine = wire.split(wire.rank // parts)
-            super().__init__(wire.split(wire.rank % parts), mine, wire)
+        super().__init__(wire, parts)
         self.arrays: Wire | Nccl = self.wire  # what adds and broadcasts them
 
     def choose_collectives(self, wanted: str, xp: Any) -> str:

@@ -78,6 +78,9 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     UserError
         If the settings do not fit so many replicas, or the costs not the run.
     """
+    if settings.shards > 1:
+        raise UserError(f"--shards: must be 1 in a simulation, whose costs are those of whole layers; "
+                        f"got {settings.shards}")
     servers = settings.servers if settings.mode == "async" else 0
     plan = replace(chosen(settings, servers + replicas), transport="staged")
     size = largest(settings, data, labelled)

@@ -202,7 +202,9 @@ class Comm:
 
         return self._meet("allreduce", array, array.nbytes, finish)
 
-    def Iallgather(self, array: np.ndarray, everything: np.ndarray) -> Request:
+    def Iallgather(self, array: np.ndarray | str, everything: np.ndarray) -> Request:
+        array = everything[self.rank] if isinstance(array, str) else array  # in place
+
         def finish(brought: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
             for _, into in brought.values():
                 for rank, (mine, _) in brought.items():

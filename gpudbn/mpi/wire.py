@@ -73,7 +73,7 @@ class RanksLostError(LostError):
 
     def __init__(self, wire: Wire) -> None:
         self.ranks = wire.lost()
-        names = ", ".join(str(wire.peers[rank]) for rank in self.ranks)
+        names = ", ".join(str(wire.peers[rank]) for rank in self.ranks) or "a rank that another has seen die"
         super().__init__(f"{names}: must live as long as the job; got lost")
 
 
@@ -293,11 +293,11 @@ class Wire:
 
     @contextlib.contextmanager
     def noticing(self) -> Iterator[None]:
-        """Make RanksLostError of MPI's error that a rank is dead."""
+        """Make RanksLostError of MPI's error that a rank is dead, or the wire revoked."""
         try:
             yield
         except self.mpi.Exception as error:
-            if not self.lost():
+            if not self.lost() and not (launch.survives() and self.comm.Is_revoked()):
                 raise
             raise RanksLostError(self) from error
 
@@ -306,6 +306,10 @@ class Wire:
         self.comm.Ack_failed()
         failed = self.comm.Get_failed()
         return list(failed.Translate_ranks(None, self.comm.Get_group()))
+
+    def revoke(self) -> None:
+        """Let no rank wait for another on this wire any more: each call raises RanksLostError, everywhere."""
+        self.comm.Revoke()
 
     def check(self, rank: int) -> None:
         """Raise RanksLostError if this rank is dead. For waits in which nothing else would notice."""

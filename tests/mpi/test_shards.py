@@ -12,6 +12,7 @@ import pytest
 
 from gpudbn import checkpoint, load
 from tests.mpi import job
+from tests.mpi.test_survive import ulfm
 
 pytestmark = pytest.mark.mpi
 SMALL = ["--layers", 40, 37, "--epochs", 2, "--finetune-epochs", 3, "--batch", 40, "--plots", "off", "--shards", 2]
@@ -64,6 +65,43 @@ def test_two_replicas_in_two_parts_each_learn_digits(tmp_path):
     assert load(out).layers[0].W.shape == (64, 100)
 
 
+def test_two_asynchronous_replicas_in_two_parts_each_learn_digits(tmp_path):
+    out = tmp_path / "run"
+    assert "around a parameter server, each in 2 parts" in train(
+        5, "--shards", 2, "--layers", 100, 80, "--epochs", 10, "--finetune-epochs", 25, "--out", out)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert next(r for r in records if r["phase"] == "test")["error"] < 0.08
+    (ranks,) = [r["ranks"] for r in records if r["phase"] == "report"]
+    assert [rank["role"] for rank in ranks] == ["server"] + 4 * ["replica"]
+    assert [rank["part"] for rank in ranks[1:]] == [0, 1, 0, 1]
+    assert ranks[0]["version"] == sum(ranks[0]["applied"]) - sum(ranks[0]["refused"])
+
+
+@pytest.mark.parametrize("survive", [pytest.param(True, marks=ulfm), False])
+def test_a_part_that_is_killed(survive, tmp_path):
+    """The other replica learns all that there is, or the job ends within seconds and the launcher says whose rank."""
+    out = tmp_path / "run"
+    process = job.start(5, "-m", "gpudbn.train", *SMALL, "--epochs", 60, "--out", out, survive=survive)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 9):
+        time.sleep(0.02)
+    (ranks,) = [json.loads(line)["ranks"] for line in metrics.read_text().splitlines() if '"ranks"' in line]
+    assert ranks[2]["role"] == "replica 0 of 2, part 1 of 2"
+    os.kill(ranks[2]["pid"], signal.SIGKILL)  # the second part of the chief's replica
+    begun = time.monotonic()
+    done = job.finish(process)
+    if not survive:
+        assert done.returncode != 0
+        assert time.monotonic() - begun < 10
+        return
+    assert done.returncode == 0, done.stderr
+    assert "replica 0 of 2, part 1 of 2 on" in done.stderr
+    assert "1 of 2 replicas go on, with its rows" in done.stderr
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["phase"] == "pretrain"] == 2 * list(range(1, 61))
+    assert load(out).layers[1].W.shape == (40, 37)
+
+
 def test_a_run_in_parts_resumed_ends_with_the_bits_of_one_that_never_stopped(tmp_path):
     options = [*SMALL, "--mode", "sync", "--method", "pcd", "--epochs", 30, "--checkpoint-seconds", 0]
     process = job.start(4, "-m", "gpudbn.train", *options, "--out", tmp_path / "cut")
@@ -84,7 +122,8 @@ def test_a_run_in_parts_resumed_ends_with_the_bits_of_one_that_never_stopped(tmp
 
 @pytest.mark.parametrize(("ranks", "arguments", "message"), [
     (3, ["--mode", "sync"], "--shards: must divide the number of ranks; got 2 and 3. Start it with mpirun -n 2"),
-    (4, [], "--mode: must be sync or local with --shards 2; got async"),
+    (4, [], "--shards: must divide the number of ranks, less 1 that serves; got 2 and 4. Start it with mpirun -n 3"),
+    (5, ["--overlap", "on"], "--overlap: must be off with --shards 2; got on"),
     (2, ["--mode", "sync", "--order", "fixed", "--centring", "data"], "--centring: must be off with --shards 2; got"),
     (2, ["--mode", "sync", "--optimiser", "lbfgs"], "--optimiser: must be adam or adagrad or sgd with --shards 2; got"),
     (2, ["--mode", "sync", "--layers", 16, 40], "shards: a layer must have at least 17 hidden units for 2 shards; got"),

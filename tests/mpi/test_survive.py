@@ -21,36 +21,39 @@ ulfm = pytest.mark.skipif(MPICH, reason="MPICH ends a job of which a rank dies; 
 
 
 def run(ranks, *, survive, **options):
-    """A job of ``survive.py``: what it was, and the reports of its servers and its replicas by their numbers."""
+    """A job of ``survive.py``: what it was, and the reports of its servers and, part by part, of its replicas."""
     done = job(ranks, "survive", json.dumps(options), survive=survive, timeout=90)
     found = {"server": {}, "replica": {}}
     for line in done.stdout.splitlines():
         kind, _, report = line.strip().partition(" ")
         if kind in found:
             report = json.loads(report)
-            found[kind][report["number" if kind == "server" else "replica"]] = report
+            found[kind][report["number"] if kind == "server" else (report["replica"], report["part"])] = report
     return done, found["server"], found["replica"]
 
 
-def survived(lost, *, servers=1, replicas=3, epochs=3, each=12, survive=True, left=(), **options):
-    """A job that goes on without some replicas and ends well; what ``run`` gives."""
-    done, reports, living = run(servers + replicas, survive=survive, servers=servers, epochs=epochs, each=each,
-                                **options)
+def survived(lost, *, servers=1, replicas=3, epochs=3, each=12, survive=True, left=(), parts=1, **options):
+    """A job that goes on without some replicas and ends well; what ``run`` gives. ``left``: (replica, part)."""
+    done, reports, living = run(servers + replicas * parts, survive=survive, servers=servers, epochs=epochs, each=each,
+                                parts=parts, **options)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert sorted(reports) == list(range(servers))
     for number, report in reports.items():
         assert sorted(report["lost"]) == sorted(lost)
-        bad = len(left) * (number == 0)  # changes with NaN
-        assert report["version"] == sum(report["applied"]) - sum(report["refused"]) - bad == epochs * each * replicas
+        bad = len(options.get("nan", ())) * (number == 0)  # changes with NaN
+        turns = epochs * each * replicas * report["stores"]
+        assert report["version"] == sum(report["applied"]) - sum(report["refused"]) - bad == turns
         assert report["torn"] == 0
     going = [replica for replica in range(replicas) if replica not in lost]
-    assert sorted(living) == sorted([*going, *left])
-    for replica in going:
-        assert living[replica]["torn"] == 0
-        assert living[replica]["living"] == going
-        assert living[replica]["chief"] == (replica == going[0])
+    assert sorted(living) == sorted([*((replica, part) for replica in going for part in range(parts)), *left])
+    for replica, part in living.keys() - set(left):
+        assert living[replica, part]["torn"] == 0
+        assert living[replica, part]["living"] == going
+        assert living[replica, part]["chief"] == ((replica, part) == (going[0], 0))
+    for who in left:
+        assert living[who]["left"]
     for replica in lost:
-        assert f"replica {replica} of {replicas} on" in done.stderr, done.stderr
+        assert f"replica {replica} of {replicas}" in done.stderr, done.stderr
     return done, reports, living
 
 
@@ -74,25 +77,34 @@ def test_one_killed_between_two_servers_leaves_a_change_that_is_not_made_twice()
 
 
 @ulfm
+@pytest.mark.parametrize(("servers", "part", "where"), [
+    (1, 1, "number"), (1, 0, "push"), (2, 1, "push"), (2, 0, "number"), (3, 1, "between"), (1, 1, "pull")])
+def test_a_part_that_is_killed_takes_its_replica_with_it_and_no_other(servers, part, where):
+    """Whether or not the part has a link to the first server, which hears of it from the others of its replica."""
+    done, _, _ = survived([1], servers=servers, replicas=2, parts=2, part=part, kill={1: [where, 8]},
+                          left=[(1, 1 - part)])
+    assert f"replica 1 of 2, part {part} of 2 on" in done.stderr
+
+
+@ulfm
 def test_one_that_is_stopped_is_killed_by_its_neighbours():
     done, _, living = survived([1], stop={1: 6}, stopped_seconds=1)
     assert "was stopped for 1 s: killed" in done.stderr
-    assert living[0]["times"][0] > 0.9
+    assert living[0, 0]["times"][0] > 0.9
 
 
 @pytest.mark.parametrize("servers", [1, 2])
 def test_one_that_sends_nan_is_refused_and_waits_for_the_end(servers):
     """Without any help of MPI: nobody dies. Of two servers the second has applied its part of that turn before."""
-    done, _, living = survived([0], servers=servers, replicas=2, nan={0: 6}, left=[0], survive=False)
-    assert living[0] == {"replica": 0, "left": True}
+    done, _, _ = survived([0], servers=servers, replicas=2, nan={0: 6}, left=[(0, 0)], survive=False)
     assert "sent NaN or infinity; 1 of 2 replicas go on, with its rows" in done.stderr
 
 
 def test_turns_of_a_straggler_ten_times_slower_are_done_by_others():
     _, _, living = survived([], slow={1: 0.1}, pace=0.01, each=20, survive=False)
     alone = 20 * 0.1  # seconds of an epoch, if nobody helped
-    assert np.median(living[0]["times"]) < 0.5 * alone
-    assert living[1]["done"] < 3 * 10
+    assert np.median(living[0, 0]["times"]) < 0.5 * alone
+    assert living[1, 0]["done"] < 3 * 10
     assert sum(report["done"] for report in living.values()) <= 3 * 3 * 20 + 3 * 2  # few were done twice
 
 

@@ -13,6 +13,7 @@ Options, as JSON; replicas by number, and in which of their turns:
     slow       {replica: seconds a turn}; the others take ``pace``
     server     kills itself: [which, after how many changes]
     epochs, each, size, servers
+    parts, part  of a replica; and which of them is meant by all this, and has as many entries
 """
 
 import json
@@ -25,14 +26,14 @@ import time
 
 import numpy as np
 
-from gpudbn.errors import NonFiniteError
+from gpudbn.errors import NonFiniteError, PartLostError
 from gpudbn.mpi import Plan, connect, server
 from gpudbn.mpi.replica import Link
 from gpudbn.mpi.rules import Rule
 from gpudbn.mpi.wire import Window, guarded
 
 options = {"kill": {}, "stop": {}, "nan": {}, "slow": {}, "pace": 0.0, "server": None, "epochs": 3, "each": 12,
-           "size": 1_600, "servers": 1, "stopped_seconds": 0, **json.loads(sys.argv[1])}
+           "size": 1_600, "servers": 1, "parts": 1, "part": 0, "stopped_seconds": 0, **json.loads(sys.argv[1])}
 
 
 def kill(signal_=signal.SIGKILL):
@@ -40,18 +41,17 @@ def kill(signal_=signal.SIGKILL):
     time.sleep(10)
 
 
-def change_of(epoch, turn, size, servers):
-    """Whole numbers 0 to 3; the last of each server's shard is the sum of the others."""
-    change = np.random.default_rng([epoch, turn]).integers(0, 4, size).astype(np.float32)
-    for part in server.cuts(size, servers):
-        change[part][-1] = change[part][:-1].sum()
+def change_of(epoch, turn, size, part, pieces):
+    """Whole numbers 0 to 3, of a part of a replica; the last of each server's piece is the sum of the others."""
+    change = np.random.default_rng([epoch, turn, part]).integers(0, 4, size).astype(np.float32)
+    for piece in pieces:
+        change[piece][-1] = change[piece][:-1].sum()
     return change
 
 
-def whole(values, servers):
-    """Whether each shard, of a change or of what changes add up to, has its sum at its end."""
-    parts = [values[part] for part in server.cuts(values.size, servers)]
-    return all(part[:-1].sum(dtype=np.float64) == part[-1] for part in parts)
+def whole(values, pieces):
+    """Whether each piece, of a change or of what changes add up to, has its sum at its end."""
+    return all(values[piece][:-1].sum(dtype=np.float64) == values[piece][-1] for piece in pieces)
 
 
 class Counting(Rule):
@@ -62,7 +62,7 @@ class Counting(Rule):
         self.which, self.after = options["server"] or (None, 0)
 
     def __call__(self, parameters, change, staleness, replica=0):  # noqa: ARG002
-        self.torn += not whole(change, 1)
+        self.torn += not whole(change, [slice(None)])
         self.changes += 1
         if self.which == self.number and self.changes == self.after:
             kill()
@@ -101,7 +101,9 @@ def arm(where, links):
 
 def train(exchange):
     """The epochs; what they took, and how many reads were torn."""
-    me, size, each, servers = str(exchange.replica), options["size"], options["each"], options["servers"]
+    part, size, each = exchange.shards.index, options["size"], options["each"]
+    pieces = server.cuts(size, options["servers"], options["parts"], part)
+    me = str(exchange.replica) if part == options["part"] else ""
     death, turn_of_death = options["kill"].get(me, (None, 0))
     parameters, done, torn, times = np.zeros(size, np.float32), 0, 0, []
     meetings, meet = iter(range(1000)), exchange._gather
@@ -129,19 +131,19 @@ def train(exchange):
                 subprocess.Popen(["sh", "-c", wake], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 kill(signal.SIGSTOP)
             time.sleep(options["slow"].get(me, options["pace"]))
-            parameters += change_of(epoch, owner * each + number, size, servers)
+            parameters += change_of(epoch, owner * each + number, size, part, pieces)
             if done == options["nan"].get(me):
                 parameters[5] = np.nan
             exchange.exchange(parameters, before, fetch=done % 2 == 0)
-            torn += not whole(parameters, servers)
+            torn += not whole(parameters, pieces)
         exchange.meet(parameters)
         before[:] = parameters
         times.append(time.perf_counter() - start)
-        expected = sum(change_of(e, t, size, servers) for e in range(epoch + 1)
+        expected = sum(change_of(e, t, size, part, pieces) for e in range(epoch + 1)
                        for t in range(each * exchange.replicas))
         assert (parameters == expected).all(), f"epoch {epoch}: {np.flatnonzero(parameters != expected)[:9]}"
-    return {"replica": exchange.replica, "done": done, "torn": torn, "living": exchange.living, "chief": exchange.chief,
-            "times": times, "pushes": exchange.report()["pushes"]}
+    return {"replica": exchange.replica, "part": part, "done": done, "torn": torn, "living": exchange.living,
+            "chief": exchange.chief, "times": times, "pushes": exchange.report()["pushes"]}
 
 
 def say(kind, values):
@@ -150,20 +152,21 @@ def say(kind, values):
 
 
 def main():
-    plan = Plan("async", servers=options["servers"], rule=Counting, stopped_seconds=options["stopped_seconds"])
+    plan = Plan("async", options["parts"], servers=options["servers"], rule=Counting,
+                stopped_seconds=options["stopped_seconds"])
     exchange = connect(plan, options["size"])
     if isinstance(exchange, server.Server):
-        rule = exchange.stores[0].rule
-        rule.number = exchange.world.rank
-        statistics = exchange.serve()
-        say("server", statistics | {"torn": rule.torn, "number": rule.number})
+        rules = [store.rule for store in exchange.stores]
+        for rule in rules:
+            rule.number = exchange.world.rank
+        say("server", exchange.serve() | {"torn": sum(rule.torn for rule in rules), "stores": len(rules)})
         return
     try:
         report = train(exchange)
-    except NonFiniteError as error:
+    except (NonFiniteError, PartLostError) as error:
         if not exchange.leave(str(error)):
             raise
-        report = {"replica": exchange.replica, "left": True}
+        report = {"replica": exchange.replica, "part": exchange.shards.index, "left": True}
     exchange.agree(None) if "left" not in report else None
     exchange.close()
     say("replica", report)
