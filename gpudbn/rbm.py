@@ -107,6 +107,11 @@ class RBM:
 
     # -- the parts of a layer that is cut -----------------------------------------------------------
 
+    @property
+    def cut_below(self) -> bool:
+        """Whether each shard has visible units of its own, even if one sees all of them."""
+        return self.local is not None and self.shards.count > 1
+
     def see(self, v: Array) -> Array:
         """The visible units that are here, of all: array (B, all) -> (B, n)."""
         return v if self.local is None else self.local.see(v)
@@ -132,10 +137,9 @@ class RBM:
 
     def squared_errors(self, v: Array, w: Array) -> Array:
         """|v - w|^2 of each row, of all visible units. Arrays (B, n), (B, n) -> (B,)."""
-        cut = self.local is not None and self.shards.count > 1
         errors = twins_of(v).squared_errors(module_of(v).empty(len(v), np.float32),
-                                            *((self.own(v), self.own(w)) if cut else (v, w)))
-        if cut:
+                                            *((self.own(v), self.own(w)) if self.cut_below else (v, w)))
+        if self.cut_below:
             self.shards.sum_(errors)
         return errors
 
@@ -145,10 +149,10 @@ class RBM:
         """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
         of_hidden = h @ self.c + (self._input(v) * h).sum(axis=1)
         v, b = self._answered(v)
-        if self.height < self.n:
+        if self.cut_below:
             of_hidden += v @ b
         self.shards.sum_(of_hidden)
-        return -of_hidden if self.height < self.n else -(v @ b) - of_hidden
+        return -of_hidden if self.cut_below else -(v @ b) - of_hidden
 
     def _input(self, v: Array) -> Array:
         """v W. Array (B, n) -> (B, m)."""
@@ -160,7 +164,7 @@ class RBM:
 
     def _answered(self, v: Array) -> tuple[Array, Array]:
         """Visible units and their biases: those that no other shard counts where each sees some, else all."""
-        return (v, self.b) if self.height == self.n else (self.own(v), self.own(self.b[None])[0])
+        return (self.own(v), self.own(self.b[None])[0]) if self.cut_below else (v, self.b)
 
     def free_energy(self, v: Array) -> Array:
         """F(v) = -b.v - sum_j log(1 + exp(c_j + (v W)_j)) for each row. Array (B, n) -> (B,), nats.
@@ -176,7 +180,7 @@ class RBM:
             parts = [twins.free_energy(xp.empty_like(energies), x[:, block], self.c[block]) for block in blocks]
             self.shards.add_in_order_(energies, parts)
             return xp.subtract(energies, v @ self.b, out=energies)
-        visible = self._answered(v) if self.shards.index == 0 or self.height < self.n else ()  # once
+        visible = self._answered(v) if self.shards.index == 0 or self.cut_below else ()  # once
         twins.free_energy(energies, self._input(v), self.c, *visible)
         self.shards.sum_(energies)
         return energies
