@@ -35,7 +35,7 @@ from gpudbn.settings import Settings
 HERE = Path(__file__).parent
 # the likeliest first
 SEARCHES = [{"finetune_batch": batch, "line_searches": searches}
-            for batch, searches in ((1000, 3), (500, 3), (2500, 10), (10_000, 1000))]
+            for batch, searches in ((1000, 3), (500, 3), (250, 3), (2500, 10))]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lbfgs": SEARCHES,
     "cg": SEARCHES,

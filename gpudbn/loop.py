@@ -330,6 +330,7 @@ class Training:
             return Path("unfused", "local layers have no kernels")
         host = ("--order fixed" if s.order == "fixed" else "other replicas" if self.exchange.cuts_batches else
                 "--push factored" if self.exchange.wants_factors else
+                "servers" if self._in_portions(index) else
                 "other shards" if self.dbn.shards.count > 1 else None)
         batch = s.batch if layer else s.finetuning_batch
         return choose_path(s.kernels, Case(

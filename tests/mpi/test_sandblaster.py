@@ -15,6 +15,7 @@ from gpudbn.dbn import DBN
 from gpudbn.errors import LostError, NonFiniteError, UserError
 from gpudbn.loop import Training
 from gpudbn.mpi import Plan, join, replica, sandblaster
+from gpudbn.mpi.alone import Alone
 from gpudbn.mpi.costs import Compute, Costs
 from gpudbn.mpi.machine import Machine
 from gpudbn.mpi.sandblaster import OVER, Batch, Coordinator, Portions, Shard, Sum, Ticket
@@ -368,6 +369,19 @@ def test_vectors_stay_on_a_gpu():
         crossed = [way for way, _, size in device.copied if size >= COLUMNS]
         assert crossed.count("to host") == crossed.count("to device") == came, "x to each portion, its gradient back"
         assert_close(to_cpu(found), expected, atol=1e-6)
+
+
+def test_no_portion_is_asked_for_to_time_paths():
+    class Portioned(Alone):
+        gives_portions = shards_rows = True
+
+    with installed():
+        import cupy
+
+        for optimiser, timed in (("adam", True), ("cg", False)):
+            settings = small_settings(layers=(5,), optimiser=optimiser)
+            paths = Training(DBN([13, 5], cupy), small_data(), settings, Portioned()).paths
+            assert bool(paths[-1].rivals) == timed
 
 
 # -- whole runs -----------------------------------------------------------------------------------
