@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, peers
+from benchmarks import autoencoder, peers, report, tracing
 from gpudbn.data import load
 
 TOP = Path(__file__).parents[1]
@@ -116,6 +116,9 @@ def test_a_program_without_its_package_or_gpu_is_not_run():
     assert peers.missing(peers.Program(peers.products), gpu=False) is None
 
 
+# -- the others; those of exchanges and of GPUs are in tests/mpi and in test_gpu_path.py --------------
+
+
 def test_autoencoder_spends_no_more_gradients_than_it_has(tmp_path, monkeypatch, capsys):
     """Each optimiser from the same stack; a run that is in the file is not repeated."""
     monkeypatch.setattr(autoencoder, "SETTINGS", {
@@ -143,3 +146,87 @@ def test_autoencoder_spends_no_more_gradients_than_it_has(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", [*arguments[:-1], str(out), "--passes", "7"])
     with pytest.raises(SystemExit):
         autoencoder.main()
+
+
+def test_mnist_runs(tmp_path):
+    out = tmp_path / "mnist.json"
+    toy = ["--layers", 8, "--epochs", 1, "--finetune-epochs", 1]
+    printed = run("benchmarks.mnist", "--data", "digits", "--ways", "single", "--seeds", 1, "--out", out, "--", *toy)
+    assert "single   seed 1" in printed
+    assert 0 < json.loads(out.read_text())["runs"][0]["error"] <= 1
+
+
+def test_autoencoder_runs_and_is_shown(tmp_path):
+    out = tmp_path / "autoencoder.json"
+    run("benchmarks.autoencoder", "--data", "digits", "--rows", 100, "--validation", 50, "--layers", 8, 4,
+        "--epochs", 1, "--passes", 2, "--budget", 1, "--out", out)
+    assert len(json.loads(out.read_text())["runs"]) == 4
+    assert "lbfgs" in report.make(tmp_path, tmp_path)
+
+
+@pytest.mark.mpi
+def test_simulation_runs(tmp_path):
+    out = tmp_path / "simulation.json"
+    run("benchmarks.simulation", "--data", "digits", "--ways", "sync 2", "--times", 1, "--out", out)
+    assert json.loads(out.read_text())["runs"][0]["ratio"] > 0
+    assert "| sync 2 |" in report.make(tmp_path, tmp_path)
+
+
+def test_tracing_runs():
+    assert tracing.shortest(tracing.one_range, 10, samples=2) > 0
+    assert tracing.ranges_of(tracing.numpy_epoch(2)) > 1
+    tracing.launched_update()()
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_every_file_of_results_as_it_is_now(tmp_path):
+    assert report.make(report.RESULTS, tmp_path) == (report.RESULTS / "README.md").read_text("utf-8"), \
+        "run python -m benchmarks.report"
+    for picture in tmp_path.glob("*.png"):
+        assert (report.RESULTS / picture.name).exists(), "run python -m benchmarks.report"
+
+
+def test_a_file_that_the_page_does_not_know_is_an_error(tmp_path):
+    (tmp_path / "speed.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"speed.json: must have a section in benchmarks/report.py; got none"):
+        report.make(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"machine": {"cpu": "one", "date": "today"}}])
+def test_a_file_that_does_not_say_where_it_is_from_is_an_error(tmp_path, content):
+    (tmp_path / "scaling.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="must say on which machine and from which commit it is"):
+        report.make(tmp_path, tmp_path)
+
+
+def test_the_page_tells_goals_that_are_missed_and_what_was_not_measured(told, tmp_path):
+    content = json.loads(told[0].read_text()) | {"not measured": {"rbms": "rbms not installed"}}
+    found = content["summary"]["epoch"]["unset"]
+    found["five products alone"]["of ours"] = [0.6, 0.5, 0.7]
+    found["scikit-learn, float32"] = found["gpudbn"] | {"of ours": [1.9, 1.5, 2]}
+    (tmp_path / "peers.json").write_text(json.dumps(content))
+    page = report.make(tmp_path, tmp_path)
+    assert "five products alone: 0.60 of ours; the goal is at least 0.67, **not reached**" in page
+    assert "scikit-learn, float32: 1.90 of ours; the goal is at least 1.80, reached" in page
+    assert "Not measured: rbms (rbms not installed)." in page
+    assert "## Time against cores\n\n`python -m benchmarks.scaling`\n\nNot measured yet." in page
+    assert {path.name for path in tmp_path.glob("*.png")} == {"peers-epoch.png", "peers-error.png", "peers-size.png"}
+
+
+def test_whatever_is_in_a_file_is_shown(tmp_path):
+    content = {"machine": {"commit": "abc"}, "runs": [{"ranks": 2, "seconds": 1.23456, "raw": [1]}, {"ranks": 4}],
+               "goals": {"low": {"value": 7}}, "layers": [5, 3]}
+    (tmp_path / "scaling.json").write_text(json.dumps(content))
+    page = report.make(tmp_path, tmp_path)
+    for line in ("|  | ranks | seconds |", "|  | 2 | 1.235 |", "|  | 4 |  |", "| low | 7 |", "layers: [5, 3]",
+                 "*commit abc*"):
+        assert line in page
+
+
+def test_what_a_doubling_takes_is_told_beside_its_operations():
+    sample = {"against": {"k": {"values": [1, 2], "gpudbn": [1.0, 1.5], "products": [0.8, 1.0]},
+                          "rows": {"values": [1024, 2048], "gpudbn": [1.0, 3.0], "products": [1.0, 2.0]}}}
+    assert list(report.slopes([sample], peers.BASE)) == [["k, 1 to 2", "1.50", "1.25", "1.40"],
+                                                         ["rows, 1024 to 2048", "3.00", "2.00", "2.00"]]

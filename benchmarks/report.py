@@ -1,0 +1,387 @@
+"""One page of everything that was measured: tables and pictures from ``results/*.json``.
+
+    python -m benchmarks.report          writes results/README.md and its pictures
+
+A file of results has a section here, or the page is not made: nothing is forgotten. What a section says was measured
+stands in its file; what has no file is listed as not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import autoencoder, exchange, peers
+from benchmarks.mnist import BESIDE, HERE, paired
+from gpudbn.plots import BLUE, DPI, INK, PALE, VERMILION
+
+RESULTS = HERE / "results"
+HEAD = """# What was measured
+
+Made from the files beside it by `python -m benchmarks.report`; [../README.md](../README.md) says what each measures."""
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)  # Wong's
+QUANTITIES = {"k": "Gibbs steps", "batch": "rows of a batch", "rows": "rows of an epoch"}
+LABELS = {"cores": "{} cores", "threads": "{} threads", "load": "load {}", "load before": "load {} before",
+          "load after": "{} after", "cpu": "{}", "commit": "commit {}", "date": "{}"}
+
+
+# -- parts of a page -----------------------------------------------------------------------------
+
+
+def rows_of(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """A table."""
+    names = list(head)
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names),
+            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+
+
+def machine_of(about: dict[str, Any]) -> str:
+    """On what, with which versions, from which commit, when."""
+    return "*" + ", ".join(LABELS.get(name, f"{name} {{}}").format(shown(value)) for name, value in about.items()) + "*"
+
+
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure of so many inches; without pyplot, so that no window opens."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+
+
+def axes_of(figure: Any, *place: int, title: str = "", x: str = "", y: str = "") -> Any:
+    """Plain axes."""
+    axes = figure.add_subplot(*place)
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    axes.set_xlabel(x, fontsize=8, color=INK)
+    axes.set_ylabel(y, fontsize=8, color=INK)
+    axes.tick_params(labelsize=7, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+class Page:
+    """Lines of Markdown, and pictures beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lines = folder, [HEAD, ""]
+
+    def add(self, *lines: str) -> None:
+        self.lines += lines
+
+    def picture(self, name: str, figure: Any, text: str) -> None:
+        """A picture, and what is to be seen."""
+        figure.savefig(self.folder / name, dpi=DPI, metadata={"Software": "gpudbn"})
+        self.add(f"![{text}]({name})", "", f"*{text}*", "")
+
+
+# -- sections --------------------------------------------------------------------------------------
+
+
+def show_peers(page: Page, content: dict[str, Any]) -> None:
+    layer, found = content["layer"], content["summary"]
+    if found["epoch"]:
+        page.add(f"An epoch of {layer['rows']} rows, {layer['hidden']} hidden units, batches of {layer['batch']}. "
+                 "Medians (smallest to largest) over repetitions in turn, each a process of its own. *Of ours*: over "
+                 "what ours took in the same repetition, so that more than 1 is slower; ours has counter-based draws, "
+                 "momentum and decay. *Others*: cores that other processes used meanwhile, at the most.", "")
+    for core_type, programs in found["epoch"].items():
+        samples = itertools.chain(*content["samples"]["epoch"][core_type].values())
+        kernels = ", ".join(sorted({str(one["BLAS"]) for one in samples}))
+        page.add(f"`OPENBLAS_CORETYPE` {core_type} (NumPy's kernels: {kernels})", "")
+        page.add(*rows_of(["", "s", "of ours", "peak MB", "beyond NumPy and rows", "others"], (
+            [name, spread(row["seconds"], 3), spread(row["of ours"], 2), f"{row['peak MB']:.0f}",
+             f"{row['peak MB'] - row['MB before']:.0f}", f"{row['others']:.2f}"]
+            for name, row in sorted(programs.items(), key=lambda item: item[1]["seconds"][0]))))
+    goals = found["epoch"].get("unset", {})
+    ratios = {name: goals[name]["of ours"][0] for name in peers.GOALS if name in goals}
+    page.add(*(f"- {name}: {ratio:.2f} of ours; the goal is at least {peers.GOALS[name]:.2f}, "
+               f"{'reached' if ratio >= peers.GOALS[name] else '**not reached**'}" for name, ratio in ratios.items()),
+             "")
+    if goals:
+        page.picture("peers-epoch.png", picture_of_epochs(found["epoch"]), "Seconds an epoch; lines reach from the "
+                     "smallest to the largest of the repetitions")
+    for core_type, programs in found["error"].items():
+        targets = [f"{100 * target:g} %" for target in peers.TARGETS]
+        network = content["network"]
+        page.add("Seconds until no more than so many of the test rows are wrong, looks at them after each epoch with "
+                 f"labels included: {network['rows']} training rows, hidden layers {network['layers']} (scikit-learn: "
+                 f"the first alone), `OPENBLAS_CORETYPE` {core_type}.", "")
+        page.add(*rows_of(["", *targets, "in the end", "after s", "peak MB"], (
+            [name, *(spread(row[target], 1) if row[target] else "-" for target in targets),
+             f"{100 * row['errors'][0]:.2f} %", spread(row["seconds"], 1), f"{row['peak MB']:.0f}"]
+            for name, row in programs.items())))
+        page.picture("peers-error.png", picture_of_errors(content["samples"]["error"][core_type]),
+                     "Test error against seconds, each repetition a line")
+    for samples in content["samples"].get("size", {}).values():
+        page.picture("peers-size.png", picture_of_sizes(samples["gpudbn"], content["base"]), "An update of ours "
+                     "against its size, and its products alone; the last panel an epoch. Dashed: the slope of the "
+                     "products' operations, through the largest")
+        page.add(*rows_of(["doubled", "last doubling takes", "its products alone", "by their operations"],
+                          slopes(samples["gpudbn"], content["base"])))
+    absent = content["not measured"] | content["failed"]
+    page.add("Not measured: " + ("; ".join(f"{name} ({why})" for name, why in absent.items()) or "nothing") + ".", "")
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median (smallest to largest)."""
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low} to {high})"
+
+
+def picture_of_epochs(found: dict[str, dict[str, Any]]) -> Any:
+    names = sorted(found["unset"], key=lambda name: -float(found["unset"][name]["seconds"][0]))
+    figure = figure_of(8, 0.8 + 0.3 * len(names))
+    axes = axes_of(figure, x="seconds an epoch")
+    for number, (core_type, programs) in enumerate(found.items()):
+        for y, name in enumerate(names):
+            if name in programs:
+                middle, low, high = programs[name]["seconds"]
+                y = y + 0.36 * ((len(found) - 1) / 2 - number)
+                axes.barh(y, middle, 0.34, color=(BLUE, "#A8CBE3")[number % 2],
+                          label=f"OPENBLAS_CORETYPE {core_type}" if name == names[0] else None)
+                axes.plot([low, high], [y, y], color=INK, linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def picture_of_errors(programs: dict[str, Any]) -> Any:
+    figure = figure_of(8, 3.6)
+    axes = axes_of(figure, x="seconds", y="test rows that are wrong (%)")
+    for colour, (name, samples) in zip(COLOURS, programs.items(), strict=False):
+        for number, one in enumerate(samples):
+            seconds, errors = zip(*one["curve"], strict=True)
+            axes.plot(seconds, [100 * error for error in errors], "o-", color=colour, markersize=3, linewidth=1,
+                      label=None if number else name)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.grid(color=PALE, alpha=0.3, linewidth=0.5)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def against_size(samples: list[dict[str, Any]], base: dict[str, int]) -> dict[str, tuple[list[int], Any, Any, Any]]:
+    """Of each quantity: its values, medians of our seconds and of the products', and their operations."""
+    found = {}
+    for name, first in samples[0]["against"].items():
+        ours, bare = ([statistics.median(times) for times in zip(*(one["against"][name][which] for one in samples),
+                                                                 strict=True)] for which in ("gpudbn", "products"))
+        operations = []
+        for value in first["values"]:
+            at = base | {name: value}
+            updates = at["rows"] / at["batch"] if name == "rows" else 1
+            operations.append(updates * (6 + 4 * at["k"]) * at["batch"] * at["visible"] * at["hidden"])
+        found[name] = first["values"], ours, bare, operations
+    return found
+
+
+def slopes(samples: list[dict[str, Any]], base: dict[str, int]) -> Iterable[list[str]]:
+    """What the last doubling of each quantity multiplies."""
+    for name, (values, *series) in against_size(samples, base).items():
+        if len(values) > 1:
+            yield [f"{name}, {values[-2]} to {values[-1]}", *(f"{each[-1] / each[-2]:.2f}" for each in series)]
+
+
+def picture_of_sizes(samples: list[dict[str, Any]], base: dict[str, int]) -> Any:
+    found = against_size(samples, base)
+    figure = figure_of(9, 5)
+    for number, (name, (values, ours, bare, operations)) in enumerate(found.items()):
+        axes = axes_of(figure, 2, 3, number + 1, x=QUANTITIES.get(name, f"{name} units"),
+                       y="ms of an epoch" if name == "rows" else "ms of an update")
+        expected = [ours[-1] * each / operations[-1] for each in operations]
+        for times, look, colour, label in ((ours, "o-", BLUE, "gpudbn"), (bare, "o-", VERMILION, "its products alone"),
+                                           (expected, "--", PALE, "in proportion to operations")):
+            axes.loglog(values, [1e3 * each for each in times], look, color=colour, markersize=3, linewidth=1,
+                        label=label)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.set_xticks([], minor=True)
+        axes.tick_params(axis="x", labelrotation=45)
+        if not number:
+            axes.legend(fontsize=6, frameon=False)
+    at = ", ".join(f"{name} {value}" for name, value in base.items())
+    figure.suptitle(f"Otherwise {at}", fontsize=8, color=PALE)
+    return figure
+
+
+def show_mnist(page: Page, content: dict[str, Any], picture: str) -> None:
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        ways.setdefault(run["way"], []).append(run)
+    rows = []
+    for way, runs in ways.items():
+        errors, seconds = [100 * run["error"] for run in runs], [run["seconds"] for run in runs if "seconds" in run]
+        beside = paired(content["runs"], way, BESIDE[way]) if way in BESIDE else None
+        rows.append([way, f"**{statistics.fmean(errors):.2f} %**", ", ".join(f"{error:.2f}" for error in errors),
+                     f"{beside[0]:+.3f} ({beside[1]:+.3f} to {beside[2]:+.3f}) to {BESIDE[way]}" if beside else "",
+                     f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "in virtual time"])
+    page.add(*rows_of(["way", "test error", "of each seed", "difference, 95 % interval", "s a run"], rows))
+    commands = {run["command"].replace(f"--seed {run['seed']} ", "--seed SEED ") for run in content["runs"]}
+    page.add(*(f"    {command}" for command in sorted(commands)), "")
+    figure = figure_of(6, 0.8 + 0.4 * len(ways))
+    axes = axes_of(figure, x="test error (%); a dot is a seed, the line the mean")
+    for y, runs in enumerate(ways.values()):
+        errors = [100 * run["error"] for run in runs]
+        axes.plot(errors, [y] * len(errors), "o", color=BLUE, markersize=5, alpha=0.6)
+        axes.plot([statistics.fmean(errors)] * 2, [y - 0.25, y + 0.25], color=VERMILION)
+    axes.set_yticks(range(len(ways)), list(ways))
+    axes.set_ylim(-0.6, len(ways) - 0.4)
+    page.picture(picture, figure, "Test errors of each way, over seeds")
+
+
+def show_autoencoder(page: Page, content: dict[str, Any]) -> None:
+    page.add(f"{content['rows']} training rows, layers {content['layers']}, {content['passes']} gradients of each row.",
+             "", autoencoder.table(content["runs"]), "")
+    figure = figure_of(8, 3.6)
+    axes = axes_of(figure, x="gradients, by training rows", y="validation rows (nats)")
+    best: dict[str, dict[str, Any]] = {}
+    for run in content["runs"]:
+        loss = run["validation_loss"]
+        if loss is not None and loss <= best.get(run["optimiser"], run)["validation_loss"]:
+            best[run["optimiser"]] = run
+    for colour, (optimiser, run) in zip(COLOURS, best.items(), strict=False):
+        axes.plot(*zip(*run["curve"], strict=True), color=colour, linewidth=1.2, label=optimiser)
+    axes.legend(fontsize=7, frameon=False)
+    page.picture("autoencoder.png", figure, "The best settings of each optimiser")
+
+
+def show_simulation(page: Page, content: dict[str, Any]) -> None:
+    page.add("Seconds of whole runs under `mpirun`, and of the same in virtual time from costs measured here.", "")
+    page.add(*rows_of(["way", "real, median", "real", "simulated", "simulated / real", "mean staleness, real",
+                       "simulated"], (
+        [run["way"], f"{run['seconds'][0]:.2f}", ", ".join(f"{one['seconds'][-1]:.2f}" for one in run["real"]),
+         f"{run['seconds'][1]:.2f}", f"{run['ratio']:.2f}",
+         *("" if one["mean_staleness"] is None else f"{one['mean_staleness']:.2f}"
+           for one in (run["real"][0], run["simulated"]))] for run in content["runs"])))
+    figure = figure_of(6, 2.8)
+    axes = axes_of(figure, y="seconds of a run")
+    for x, run in enumerate(content["runs"]):
+        axes.bar(x - 0.2, run["seconds"][0], 0.36, color=BLUE, label=None if x else "under mpirun, median")
+        each = [one["seconds"][-1] for one in run["real"]]
+        axes.plot([x - 0.2] * len(each), each, ".", color=INK, markersize=4)
+        axes.bar(x + 0.2, run["seconds"][1], 0.36, color=VERMILION, label=None if x else "in virtual time")
+    axes.set_xticks(range(len(content["runs"])), [run["way"] for run in content["runs"]])
+    axes.legend(fontsize=7, frameon=False)
+    page.picture("simulation.png", figure, "Runs on this machine, and the same simulated; a dot is a run")
+
+
+def show_exchange(page: Page, content: dict[str, Any]) -> None:
+    page.add(*rows_of(["measure", "goal", *(f"{mpi}, median (quartiles)" for mpi in content)], (
+        [name, f"{which} {goal:g} {unit}",
+         *("{:.3f} ({:.3f}, {:.3f})".format(row["median"], *row["quartiles"]) + ("" if row["reached"] else " **no**")
+           for row in (one["measures"][name] for one in content.values()))]
+        for name, (unit, goal, which) in exchange.GOALS.items())))
+
+
+def show_tracing(page: Page, content: dict[str, Any]) -> None:
+    page.add(f"{content['layer']}: a range takes {content['range_ns']:.0f} ns.", "")
+    page.add(*rows_of(["", "ranges an update", "us an update", "of that ranges"], (
+        [name, f"{row['ranges_per_update']:g}", f"{row['update_us']:.0f}", f"{row['part_percent']:.4g} %"]
+        for name, row in content["updates"].items())))
+
+
+def show_plainly(page: Page, content: dict[str, Any]) -> None:
+    """Whatever is in it: lists of records and dictionaries of them as tables, what stands alone as a line."""
+    for name, value in content.items():
+        records = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+        if name == "machine":
+            continue
+        if records and all(isinstance(one, dict) for one in records):
+            names = list(dict.fromkeys(key for one in records for key, each in one.items()
+                                       if not isinstance(each, dict | list)))
+            labels = list(value) if isinstance(value, dict) else [""] * len(records)
+            page.add(f"{name}:", "", *rows_of(["", *names], (
+                [label, *(shown(one.get(key, "")) for key in names)]
+                for label, one in zip(labels, records, strict=True))))
+        else:
+            page.add(f"{name}: {shown(value)}", "")
+
+
+def shown(value: object) -> str:
+    """A number with four digits; all else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Section(NamedTuple):
+    """What a file of results is shown as."""
+
+    title: str
+    command: str
+    show: Callable[[Page, dict[str, Any]], None]
+
+
+SECTIONS = {
+    "peers": Section("Beside other programs", "python -m benchmarks.peers", show_peers),
+    "scaling": Section("Time against cores", "python -m benchmarks.scaling", show_plainly),
+    "mnist": Section("MNIST, 784-500-500-2000", "python -m benchmarks.mnist",
+                     lambda page, content: show_mnist(page, content, "mnist.png")),
+    "mnist-16": Section("MNIST by 16 simulated replicas, 784-500-300",
+                        "python -m benchmarks.mnist --ways small sixteen --out benchmarks/results/mnist-16.json",
+                        lambda page, content: show_mnist(page, content, "mnist-16.png")),
+    "autoencoder": Section("A deep autoencoder by batch optimisers", "python -m benchmarks.autoencoder",
+                           show_autoencoder),
+    "exchange": Section("What an exchange costs", "python -m benchmarks.exchange", show_exchange),
+    "simulation": Section("Simulation beside reality", "python -m benchmarks.simulation", show_simulation),
+    "model_parallel": Section("Layers cut among ranks", "python -m benchmarks.model_parallel", show_plainly),
+    "tracing": Section("NVTX ranges", "python -m benchmarks.tracing", show_tracing),
+}
+
+
+def machines(content: dict[str, Any]) -> list[str]:
+    """A line for each machine that a file names: its own, or those of its parts."""
+    if "machine" in content:
+        return [machine_of(content["machine"])]
+    return [machine_of(one["machine"]) for one in content.values() if isinstance(one, dict) and "machine" in one]
+
+
+def make(results: Path, out: Path) -> str:
+    """The page on all files of a folder; its pictures go to ``out``.
+
+    Raises
+    ------
+    SystemExit
+        If a file has no section, or does not say on which machine and from which commit it is.
+    """
+    files = {path.stem: path for path in sorted(results.glob("*.json"))}
+    for name in files.keys() - SECTIONS.keys():
+        raise SystemExit(f"{files[name]}: must have a section in benchmarks/report.py; got none")
+    page = Page(out)
+    for name, section in SECTIONS.items():
+        page.add(f"## {section.title}", "", f"`{section.command}`", "")
+        if name not in files:
+            page.add("Not measured yet.", "")
+            continue
+        content = json.loads(files[name].read_text("utf-8"))
+        lines = machines(content)
+        if not lines or not all("commit" in line for line in lines):
+            raise SystemExit(f"{files[name]}: must say on which machine and from which commit it is; got {lines}")
+        page.add(*(line for machine in lines for line in (machine, "")))
+        note = content.get("note") or content.get("notes")
+        page.add(*([str(note), ""] if note else []))
+        section.show(page, content)
+    page.add("## On a GPU", "", "`benchmarks/on_gpu.sh`", "")
+    tables = sorted(results.glob("*/table.md"))
+    for path in tables:
+        page.add(f"### {path.parent.name}", "", *(f"##{line}" if line.startswith("#") else line
+                                                  for line in path.read_text("utf-8").splitlines()), "")
+    if not tables:
+        page.add("Not measured yet: no kernel has run on a GPU.", "")
+    return "\n".join(page.lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the files are")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes (default: beside them)")
+    given = parser.parse_args()
+    out = given.out or given.results
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(make(given.results, out), "utf-8")
+    print(out / "README.md")
+
+
+if __name__ == "__main__":
+    main()
