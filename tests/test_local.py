@@ -225,10 +225,10 @@ def test_energies_are_those_by_enumeration():
 
 
 @pytest.mark.parametrize(("line", "fault", "check"), [
-    ("out[:, units] = v[:, window] @ W[:, units]", "out[:, units] = v[:, window] @ W[::-1, units]", check_said),
+    ("v[:, window] @ whole(W[:, units])", "v[:, window] @ whole(W[::-1, units])", check_said),
     ("out[:, window] += h[:, units]", "out[:, window] = h[:, units]", check_said),
-    ("dW[:, units] = v[:, window].T", "dW[:, units] = v[:, : self.fan].T", lambda: check_update("cd", 1, 0)),
-    ("dW[:, units] = v[:, window].T", "dW[:, units] = v[:, : self.fan].T", check_gradient),
+    ("(h[:, units].T @ v[:, window]).T", "(h[:, units].T @ v[:, : self.fan]).T", lambda: check_update("cd", 1, 0)),
+    ("(h[:, units].T @ v[:, window]).T", "(h[:, units].T @ v[:, : self.fan]).T", check_gradient),
     ("signs[rows:] = -model_weight", "pass", lambda: check_update("cd", 1, 0)),
     ("dc[...] = signed.sum(axis=0)", "dc[...] = h.sum(axis=0)", lambda: check_update("pcd", 5, 0)),
 ])

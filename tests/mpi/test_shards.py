@@ -28,6 +28,7 @@ def train(ranks, *arguments, code=0):
     ([], 0, [(2, 2), (4, 2)]),
     (["--method", "pcd", "--k", 3, "--centring", "data"], 0, [(3, 3)]),
     (["--mode", "local"], 2, [(4, 2)]),
+    (["--local", 24, 0], 0, [(2, 2)]),
 ])
 def test_an_update_of_a_replica_in_parts_is_that_of_a_whole_one(options, whole, cuts, tmp_path):
     options = ["--mode", "sync", *SMALL[:-2], "--batch", 1000, "--epochs", 1, "--finetune-epochs", 1,
