@@ -29,8 +29,9 @@ AT_ONCE_ROWS = 1000  # of a large batch, that go through the network at once
 MEASURED = 250  # rows measured at once: blocks of constant size, whose sums do not depend on the number of replicas
 
 
-def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str, int]:
-    """Bytes by what they are for, at the phase that needs most. ``sizes`` are the data's columns, then ``--layers``."""
+def model_bytes(settings: Settings, sizes: list[int], classes: int, *, shards_rows: bool = False) -> dict[str, int]:
+    """Bytes by what they are for, at the phase that needs most. ``sizes`` are the data's columns, then ``--layers``;
+    ``shards_rows`` says that replicas have rows of their own, and so parameters of their own for a while."""
     s, depth = settings, len(sizes) - 1
     own = [min(m, EDGE * -(-m // (EDGE * s.shards))) for m in sizes[1:]]  # hidden units of the largest part
     pairs = list(zip(sizes[:-1], own, strict=True))
@@ -44,6 +45,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
     plain = (s.kernels == "unfused" or (s.kernels == "auto" and precision in ("fp32", "exact"))) * (
         3 if precision == "exact" else 1)  # gradients in memory, and integers as float64
     persistent = s.kernels == "persistent" or (s.kernels == "auto" and precision == "bf16x2" and s.batch <= ROWS)
+    # the parameters before a turn, and what it changed; and what a meeting keeps, see mpi/collective.py
+    exchanged = FLOAT * shards_rows * (2 + (s.mode == "local") * {"nesterov": 1, "elastic": 2}.get(s.outer, 0))
     phases = []
     for i, (n, m) in enumerate(pairs):
         chains, rows = s.batch * m if s.method == "pcd" else 0, -(-s.batch // pieces)
@@ -52,6 +55,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
         phases.append({"parameters": kept, "velocity and gradients": FLOAT * vectors * layers[i],
                        "activations": FLOAT * rows * (2 * (n + m) + sum(sizes[:i])),
                        "chains": FLOAT * chains, "copies in bf16": copies * n * m,
+                       "changes": exchanged * layers[i],
                        "rows of a launch": persistent * TURN * n * (FLOAT * s.batch + ROWS)})
     if s.finetune_epochs and (classes or s.finetune == "autoencoder"):
         widths = [*sizes, *reversed(sizes[:-1])] if s.finetune == "autoencoder" else [*sizes, classes]
@@ -64,7 +68,8 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int) -> dict[str,
         if s.optimiser in BATCH_OPTIMISERS:
             rows = min(rows, AT_ONCE_ROWS)
         phases.append({"parameters": kept + FLOAT * network, "velocity and gradients": FLOAT * vectors * network,
-                       "activations": FLOAT * rows * (3 * sum(widths) + sizes[0]), "chains": 0})
+                       "activations": FLOAT * rows * (3 * sum(widths) + sizes[0]), "chains": 0,
+                       "changes": exchanged * network})
     largest = max(phases, key=lambda phase: sum(phase.values()))
     largest["measuring"] = FLOAT * MEASURED * 2 * (sizes[0] + max(sizes[depth - 1 :]))
     return largest
@@ -79,7 +84,7 @@ def data_bytes(data: DataSet) -> int:
 
 
 def settle(settings: Settings, data: DataSet, labelled: DataSet | None, xp: ModuleType,
-           free: int | None = None) -> tuple[DataSet, DataSet | None, str]:
+           free: int | None = None, *, shards_rows: bool = False) -> tuple[DataSet, DataSet | None, str]:
     """The data where the run wants them, and a word for the log: empty on a CPU.
 
     Parameters
@@ -90,6 +95,8 @@ def settle(settings: Settings, data: DataSet, labelled: DataSet | None, xp: Modu
         Where the model will be.
     free : int, optional
         Bytes that are free on the current GPU; asked of it if not given.
+    shards_rows : bool
+        See ``Exchange``.
 
     Raises
     ------
@@ -99,7 +106,7 @@ def settle(settings: Settings, data: DataSet, labelled: DataSet | None, xp: Modu
     if xp is np:
         return data, labelled, ""
     free = free_memory(xp) if free is None else free
-    parts = model_bytes(settings, [data.n, *settings.layers], (labelled or data).classes)
+    parts = model_bytes(settings, [data.n, *settings.layers], (labelled or data).classes, shards_rows=shards_rows)
     sets = [data] + ([labelled] if labelled is not None else [])
     rows = sum(map(data_bytes, sets))
     batch = max(settings.batch, settings.finetuning_batch)

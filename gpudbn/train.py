@@ -116,7 +116,8 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     dbn = together(lambda: DBN([data.train.n, *settings.layers], xp, exchange.shards, settings.local))
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}
     show = _Show(settings, exchange)
-    rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp))
+    rows, labelled_rows, where = together(lambda: settle(settings, data, labelled, xp,
+                                                            shards_rows=exchange.shards_rows))
     training = together(lambda: Training(dbn, rows, settings, exchange, progress=show.progress,
                                          labelled=labelled_rows))
     if resume:

@@ -16,6 +16,7 @@ from gpudbn.mpi.alone import Alone
 from tests.cuda_on_cpu import runtime
 from tests.helpers import planted
 from tests.pretend_cupy import installed
+from tests.test_graphs import Asynchronous
 from tests.test_loop import small_data, small_settings
 
 NO_KERNELS = pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
@@ -35,7 +36,7 @@ def wide(**options):
     return small_settings(**{**base, **options})
 
 
-def check_sizes(options):
+def check_sizes(options, exchange=None):
     settings = wide(**options)
     with installed(10**9) as device, pytest.MonkeyPatch.context() as patch:
         import cupy
@@ -43,11 +44,12 @@ def check_sizes(options):
         patch.setattr(unfused, "AT_ONCE", 1000)  # what a draw needs is in the reserve
         dbn, data = DBN([DATA.n, *settings.layers], cupy), DATA.to(cupy)
         before = device.held - sum(rbm.parameters.flat.nbytes for rbm in dbn.layers)
-        list(Training(dbn, data, settings, Alone()).run())
+        list(Training(dbn, data, settings, exchange or Alone()).run())
         found = device.most_held - before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "MEASURED", 51)  # there are no more rows
-        counted = sum(model_bytes(settings, [DATA.n, *settings.layers], 3).values())
+        own = exchange is not None
+        counted = sum(model_bytes(settings, [DATA.n, *settings.layers], 3, shards_rows=own).values())
     assert 0.9 * found <= counted <= 1.8 * found, f"{found} bytes at most; {counted} were counted"
 
 
@@ -80,6 +82,29 @@ def test_where_the_persistent_path_may_be_taken_the_rows_of_a_turn_have_room(opt
     states = 4 * (work_words(499, 301, memory.TURN, levels=255, last_mean=False)
                   - work_words(499, 301, 0, levels=255, last_mean=False))
     assert counted == (memory.TURN * 100 * 499 * 4 + states if there else 0)
+
+
+def test_replicas_with_rows_of_their_own_have_more_vectors():
+    """The parameters before a turn and the change; a velocity; a centre and the replica's own."""
+    layer = 4 * (499 * 301 + 499 + 301)
+    for options, vectors in (({}, 2), ({"mode": "local"}, 2), ({"mode": "local", "outer": "nesterov"}, 3),
+                             ({"mode": "local", "outer": "elastic"}, 4)):
+        settings = wide(layers=(301,), finetune_epochs=0, **options)
+        assert model_bytes(settings, [499, 301], 3, shards_rows=True)["changes"] == vectors * layer
+        assert model_bytes(settings, [499, 301], 3)["changes"] == 0
+
+
+@NO_KERNELS
+def test_what_a_replica_of_its_own_rows_allocates_is_counted():
+    class Exchanging(Asynchronous):
+        def exchange(self, parameters, before, fetch=True):  # noqa: ARG002
+            before += parameters - before
+
+    exchange = Exchanging()
+    exchange.replica = 0
+    check_sizes({"layers": (301,), "finetune_epochs": 0}, exchange)
+    with planted(memory, "FLOAT * shards_rows * (2", "-FLOAT * shards_rows * (2"), pytest.raises(AssertionError):
+        check_sizes({"layers": (301,), "finetune_epochs": 0}, exchange)
 
 
 def settled(free, **options):
