@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
+from benchmarks.persistent import counts
 from gpudbn import cuda, reference
 from gpudbn.cuda import persistent
 from gpudbn.draws import Purpose, site, uniforms
@@ -303,6 +305,30 @@ def test_another_grid_is_refused_by_the_kernel(launcher):
     launcher._launch = lambda unit, kernel, _, *rest, **more: launch(unit, kernel, (4,), *rest, **more)
     with pytest.raises(runtime.KernelError, match="stopped itself"):
         run(launcher, case, *case.start())
+
+
+COUNTED = 'extern "C" __attribute__((visibility("default"))) int barriers = 0;\n'
+COUNTING = "{ grid.sync(); if (blockIdx.x + threadIdx.x == 0) barriers++; }"
+
+
+@pytest.mark.skipif(runtime.why_not() is not None, reason=f"no kernel runs here: {runtime.why_not()}")
+@pytest.mark.parametrize("sizes", [{}, {"k": 3, "last_hidden": "sample"}, {"k": 2, "C": 7}], ids=str)
+def test_a_minibatch_has_two_barriers_of_the_grid_a_step(sizes, monkeypatch):
+    """And there is one more before the first; benchmarks/counts.py counts with that."""
+    counters, true = [], runtime.Module
+
+    def module(*args, **options):
+        made = true(*args, **options)
+        counters.append(ctypes.c_int.in_dll(made.library, "barriers"))
+        counters[-1].value = 0  # the library is that of the case before
+        return made
+
+    monkeypatch.setattr(runtime, "Module", module)
+    launcher = runtime.launcher(change=lambda code: COUNTED + code.replace("grid.sync();", COUNTING))
+    case = Case(**sizes)
+    run(with_blocks(launcher, 5), case, *case.start())
+    assert [one.value for one in counters] == [1 + 3 * 2 * case.k]
+    assert counts(case.n, case.m, case.batch, case.k)["barriers"] == 2 * case.k
 
 
 # -------------------------------------------------------------------------------------------- planted faults
