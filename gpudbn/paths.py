@@ -221,8 +221,8 @@ def choose_path(asked: str, case: Case) -> Path:
         against = {name: _against(name, case) or _too_small(name, case) for name in order}
         name = next(name for name in order if against[name] is None)
         why = [f"no {other}: {against[other]}" for other in order[: order.index(name)]]
-        path = _path(name, why or ["the first choice"], case)
-        return replace(path, rivals=_rivals(case)) if asked == "auto" else path
+        path = _path(name, why, case)
+        return replace(path, why=path.why or "the first choice", rivals=_rivals(case) if asked == "auto" else ())
     reason = _against(asked, case)
     if reason is None:
         return _path(asked, ["--kernels"], case)
