@@ -81,11 +81,10 @@ class Adagrad:
 
     def step_with_activations(self, parameters: Array, v: Array, h: Array, rows: int, *, model_weight: float = 1.0,
                               ones: Array | None = None, decay: float | None = None, rate: float) -> None:
-        """``step`` with the gradient of an RBM that is not written: ``reference.cd_adagrad``."""
+        """``step`` with the gradient of an RBM that is not written: ``reference.cd_adagrad``; a decay is in it."""
         twins = twins_of(parameters, v, h)
         twins.cd_adagrad(parameters, self.state["squares"], _work(parameters), v.shape[1], h.shape[1], v, h, rows,
-                         model_weight=model_weight, ones=ones, rate=rate,
-                         decay=self.decay if decay is None else decay)
+                         model_weight=model_weight, ones=ones, rate=rate, decay=self.decay, fade=decay or 0.0)
 
 
 class Adam:

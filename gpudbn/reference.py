@@ -479,12 +479,15 @@ def cd_sgd(parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=Non
 
 
 def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None, rate, decay,
-               eps=1e-8, rates=None):
+               fade=0.0, eps=1e-8, rates=None):
     """``cd_sums`` and ``adagrad_step`` in one: applies activations without writing their gradient.
 
-    Parameters as in ``cd_update`` and ``adagrad_step``.
+    Parameters as in ``cd_update`` and ``adagrad_step``; and ``fade``: W times this is taken from the sums of W, a decay
+    that is in the gradient.
     """
     _cd_gradient(gradient, n, m, v, h, rows, model_weight, ones, moved)
+    if fade:
+        gradient[: n * m] -= np.float32(fade) * parameters[: n * m]
     adagrad_step(parameters, squares, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, eps=eps,
                  rates=rates)
 

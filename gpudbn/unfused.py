@@ -303,9 +303,11 @@ def cd_sgd(parameters, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=Non
 
 
 def cd_adagrad(parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
-               rate, decay, eps=1e-8, rates=None):
+               rate, decay, fade=0.0, eps=1e-8, rates=None):
     """See ``reference.cd_adagrad``. ``gradient`` may be None, and ``rates`` cannot be given."""
     gradient = _gradient(parameters, n, m, v, h, rows, model_weight, ones, moved, "fp32", gradient)
+    if fade:
+        gradient[: n * m] -= parameters[: n * m] * np.float32(fade)
     adagrad_step(parameters, squares, gradient, weights=n * m, scale=1 / rows, rate=rate, decay=decay, eps=eps,
                  rates=rates)
 

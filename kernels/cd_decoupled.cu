@@ -3,6 +3,7 @@
 //     the gradient of gradient.cuh, and the steps of decoupled.cuh                                         cd_sgd, cd_adagrad
 //
 // parameters, squares  (n m + n + m,)  in and out
+// fade                 what is taken from the sums of W as a share of W: a decay that is in the gradient
 // rates                (3,)            in, or null: scale, rate, shrink
 // others               see gradient.cuh, also for launch, numerics and source
 //
@@ -23,9 +24,9 @@ cd_sgd(float* parameters, float* moved, const float* __restrict__ v, const float
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 cd_adagrad(float* parameters, float* squares, float* moved, const float* __restrict__ v, const float* __restrict__ h,
            const float* __restrict__ ones, int n, int m, int K, int rows, float model_weight,
-           float eps, float scale, float rate, float shrink, const float* rates)
+           float eps, float fade, float scale, float rate, float shrink, const float* rates)
 {
     Decoupled rule(scale, rate, shrink, rates);
     cd_step(parameters, squares, moved, v, h, ones, n, m, K, rows, model_weight,
-            [&](float& p, float& q, float sum, bool decays) { rule.adagrad(p, q, sum, eps, decays); });
+            [&](float& p, float& q, float sum, bool decays) { rule.adagrad(p, q, decays ? sum - fade * p : sum, eps, decays); });
 }

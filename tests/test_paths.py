@@ -189,7 +189,7 @@ def formulas():
     yield "cd_update", (real(size), real(size), zeros(size), n, m, v, h, rows), {
         **cd, "momentum": 0.8, "precision": "exact"}
     yield "cd_sgd", (real(size), zeros(size), n, m, v, h, rows), cd
-    yield "cd_adagrad", (real(size), rng.random(size, f4), zeros(size), n, m, v, h, rows), cd
+    yield "cd_adagrad", (real(size), rng.random(size, f4), zeros(size), n, m, v, h, rows), {**cd, "fade": 0.3}
 
 
 WORK = {"adam_step": 3, "cd_update": 2, "cd_sgd": 1, "cd_adagrad": 2}  # which array of a call is work space

@@ -273,6 +273,15 @@ def check_update(name):
     assert np.array_equal(found, expected)
 
 
+def test_what_fades_is_in_the_gradient():
+    """What fades is a part of the gradient: by hand, from sums that are none."""
+    n, m, zeros = 1, 2, np.zeros((1, 2), np.float32)
+    p, q = np.float32([2, -4, 7, 8, 9]), np.ones(5, np.float32)
+    reference.cd_adagrad(p, q, np.empty(5, np.float32), n, m, zeros[:, :1], zeros, 1, rate=1, decay=0, fade=0.5)
+    assert_close(q, np.float32([2, 5, 1, 1, 1]), atol=1e-6)
+    assert_close(p, np.float32([2 - 1 / 2**0.5, -4 + 2 / 5**0.5, 7, 8, 9]), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["momentum", "sgd", "adagrad"])
 def test_an_update_is_sums_and_a_step(name):
     check_update(name)

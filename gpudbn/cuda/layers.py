@@ -116,7 +116,7 @@ _CD: Kinds = (POINTER,) * 4 + (_I4, _I4, _I4, _I4, _F4)  # moved, v, h, ones, n,
 KERNELS: dict[str, dict[str, Kinds]] = {
     "half_step": {"half_step": _HALF_STEP, "half_step_transposed": _HALF_STEP},
     "cd_update": {"cd_sums": (POINTER, POINTER, POINTER, *_CD), "cd_update": (POINTER, POINTER, *_CD, *RATES)},
-    "cd_decoupled": {"cd_sgd": (POINTER, *_CD, *RATES), "cd_adagrad": (POINTER, POINTER, *_CD, _F4, *RATES)},
+    "cd_decoupled": {"cd_sgd": (POINTER, *_CD, *RATES), "cd_adagrad": (POINTER, POINTER, *_CD, _F4, _F4, *RATES)},
 }
 
 UNITS: Mapping[str, Unit] = {
@@ -219,11 +219,11 @@ class Layers(Door):
                       lambda scale: decoupled(scale, rate, decay), rates)
 
     def cd_adagrad(self, parameters, squares, gradient, n, m, v, h, rows, *, model_weight=1.0, ones=None, moved=None,
-                   rate, decay, eps=1e-8, rates=None):
+                   rate, decay, fade=0.0, eps=1e-8, rates=None):
         """See ``reference.cd_adagrad``. ``gradient`` is not touched and may be None."""
         _ = gradient
         self._cd_step("cd_adagrad", {"parameters": parameters, "squares": squares}, n, m, v, h, rows, model_weight,
-                      ones, moved, lambda scale: (eps, *decoupled(scale, rate, decay)), rates)
+                      ones, moved, lambda scale: (eps, fade, *decoupled(scale, rate, decay)), rates)
 
     def _cd_step(self, function: str, changed: Mapping[str, Array], n: int, m: int, v: Array, h: Array, rows: int,
                  model_weight: float, ones: Array | None, moved: Array | None,

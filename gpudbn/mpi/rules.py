@@ -105,9 +105,7 @@ class Steps(Rule):
         self._rule.step(parameters, change, weights=0, scale=1.0, rate=self._rate(staleness))
 
     def activations(self, parameters: Array, v: Array, h: Array, ones: Array, decay: float, staleness: int) -> bool:
-        """One step; not by Adagrad with a decay, which would count among what is squared."""
-        if decay and isinstance(self._rule, optimiser.Adagrad):
-            return False
+        """One step."""
         _step(self._rule, parameters, v, h, ones, decay, self._rate(staleness))
         return True
 

@@ -158,6 +158,17 @@ def check_cd_decoupled(launcher, rule, n, m, rows, C, *, w=0.7, offset=0):
     arrays.passed(f"cd_{rule}")
 
 
+def check_fade(launcher, n=37, m=31, rows=11, C=7):
+    """A decay in the gradient is that of the twin."""
+    arrays, (v, h), rng = Arrays(launcher), cd_case(n, m, rows, C), np.random.default_rng(2)
+    p, q = rng.normal(0, 1, n * m + n + m).astype(np.float32), rng.random(n * m + n + m, np.float32)
+    changed, numbers = (arrays.put(p), arrays.put(q)), {"rate": 0.1, "decay": 0.2, "fade": 3.0}
+    launcher.cd_adagrad(*changed, None, n, m, arrays.put(v), arrays.put(h), rows, **numbers)
+    reference.cd_adagrad(p, q, np.empty_like(p), n, m, v, h, rows, **numbers)
+    assert_close(arrays.get(changed[0]), p, atol=1e-5)
+    assert_close(arrays.get(changed[1]), q, atol=1e-5, rtol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- half_step
 
 
@@ -259,6 +270,11 @@ def test_activations_applied_by_other_rules(launcher, rule):
     for sizes in CD_SIZES[:-1]:
         check_cd_decoupled(launcher, rule, *sizes)
     check_cd_decoupled(launcher, rule, 32, 36, 17, 17, offset=1)
+
+
+@ONE_SCHEDULE
+def test_a_decay_in_the_gradient(launcher):
+    check_fade(launcher)
 
 
 @ONE_SCHEDULE
@@ -395,7 +411,9 @@ FAULTS = {  # name: text, what it becomes, the check that must see it, tiles
     "cd_update: what the rule keeps not kept":
         ("if (state) store_quad(u_row", "if (!state) store_quad(u_row", cd_adagrad_check, "small"),
     "cd_update: eps and scale exchanged":
-        ("rule.adagrad(p, q, sum, eps,", "rule.adagrad(p, q, sum, scale,", cd_adagrad_check, "large"),
+        (": sum, eps,", ": sum, scale,", cd_adagrad_check, "large"),
+    "step: biases fade":
+        ("decays ? sum - fade * p : sum", "sum - fade * p", check_fade, "small"),
 }
 FAULTS |= {f"product: no barrier, {line.partition('// ')[2]}": (line, "", half_step_check, "small")
            for line in barriers("product_fp32.cuh")}

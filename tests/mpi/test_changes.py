@@ -153,7 +153,7 @@ N, M = 13, 7
 KERNELS = [  # a rule, the decay at the replica, the kernel by which it applies a change that is not written
     (Rule, 0.3, "cd_sgd"), (partial(Steps, SGD, rate=0.7, by_staleness=True), 0.3, "cd_sgd"),
     (partial(Steps, MOMENTUM, rate=0.7), 0.3, "cd_update"), (partial(Steps, ADAGRAD, rate=0.05), 0.0, "cd_adagrad"),
-    (partial(Steps, ADAGRAD, rate=0.05), 0.3, "adagrad_step"),
+    (partial(Steps, ADAGRAD, rate=0.05), 0.3, "cd_adagrad"),
     (lambda: Compensated(Rule(), 2.0), 0.3, None)]
 
 
@@ -197,7 +197,7 @@ def test_a_server_applies_activations_as_their_change_in_one_kernel(make, decay,
     (rules, "decay, self._rate(staleness))", "decay, self._rate(0))", 1),
     (rules, "v, h, 1, model_weight=-1.0, ones=ones", "v, h, 1, model_weight=-1.0", 0),
     (rules, "v, h, 1, model_weight=-1.0", "v, h, 2, model_weight=-1.0", 2),
-    (rules, "if decay and isinstance", "if False and isinstance", 4),
+    (optimiser, "fade=decay or 0.0", "fade=0.0", 4),
     (factors, "[self.s, np.float32(1) / self.later]", "[self.s, self.later]", 0),
     (factors, "return self.v, self.h * (self.s * self.later)[:, None]", "return self.v, self.h * self.s[:, None]", 2),
 ])
