@@ -256,7 +256,7 @@ def test_factored_pushes_make_the_same_run(options):
 @pytest.mark.parametrize(("module", "line", "fault"), [
     (pretrain, "            self.factors.clear()", "            pass"),
     (pretrain, "decay=self.settings.decay,\n                             levels", "decay=0,\n levels"),
-    (loop, "self.exchange.factors = phase.factors", "pass"),
+    (loop, "self.exchange.factors, self.exchange.align = phase.factors,", "_, self.exchange.align = phase.factors,"),
     (changes, "if packed.nbytes < change.nbytes:", "if packed.nbytes > change.nbytes:"),
 ])
 def test_a_run_with_other_factors_is_noticed(module, line, fault):
