@@ -88,9 +88,12 @@ def _check(found: argparse.Namespace, ranks: int) -> None:
 
 def predict(found: argparse.Namespace) -> int:
     """Predict as the command line says. Returns the exit code."""
+    from gpudbn.shards import unlike
+
     exchange = _command.join(found)
     model, part = _command.together(exchange, lambda: _load(found, exchange))
     dbn = model.dbn
+    exchange.agree(unlike(exchange.shards, dbn.xp))
     classes = _classes(dbn)
     tally = _Tally(classes, part.labelled)
     out = _command.output(found.out, FORMATS) if found.out is not None and exchange.chief else Path()

@@ -79,10 +79,12 @@ def sample(found: argparse.Namespace) -> int:
     """Draw samples as the command line says. Returns the exit code."""
     from gpudbn.arrays import to_cpu
     from gpudbn.draws import Purpose, site
+    from gpudbn.shards import unlike
     from gpudbn.twins import twins_of
 
     exchange = _command.join(found)
     model, out, start, title = _command.together(exchange, lambda: _prepared(found, exchange))
+    exchange.agree(unlike(exchange.shards, model.dbn.xp))
     try:
         with _command.Progress("sample", found.steps) as progress:
             samples = model.dbn.sample(found.count, steps=found.steps, seed=found.seed, start=start,

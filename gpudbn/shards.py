@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,19 @@ def go_along(arrays: Mapping[str, Array | Pieces]) -> None:
         if isinstance(array := arrays[name], Pieces):
             for _ in array.pieces():
                 pass
+
+
+def unlike(shards: Shards, xp: ModuleType) -> str | None:
+    """What is wrong with the devices of a replica's shards, or None; collective, before anything else crosses.
+
+    A CPU and a GPU round differently, so that after a sum their samples would not be the same.
+    """
+    gpus = np.array([xp is not np], np.float64)
+    shards.sum_(gpus)
+    if gpus[0] in (0, shards.count):
+        return None
+    return (f"--device: must be the same for all parts of a replica; got a GPU for {gpus[0]:g} of {shards.count}. "
+            "Use --device cpu, or machines that all have GPUs")
 
 
 class Shards:

@@ -100,6 +100,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     from gpudbn.loop import Training
     from gpudbn.memory import settle
     from gpudbn.runs import Run
+    from gpudbn.shards import unlike
 
     def together(action: Any) -> Any:
         """The action's result; a UserError of one replica ends all, with one line."""
@@ -112,6 +113,7 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
         return result
 
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
+    exchange.agree(unlike(exchange.shards, xp))
     sums = exchange.choose_collectives(settings.collectives, xp)
     dbn = together(lambda: DBN([data.train.n, *settings.layers], xp, exchange.shards, settings.local))
     dbn.about |= {"image_shape": data.image_shape, "data": data.name}

@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_shards_share_out_the_units_at_multiples_of_16(m, count):
     assert all(part.start % 16 == 0 and part.stop > part.start for part in parts)
     sizes = [-(-(part.stop - part.start) // 16) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@COUNTS
+def test_parts_on_unlike_devices_are_refused(count):
+    def said(shards, gpus):
+        return shards_module.unlike(shards, ModuleType("cupy") if shards.index < gpus else np)
+
+    assert on_shards(count, lambda shards: said(shards, 0)) == [None] * count
+    assert on_shards(count, lambda shards: said(shards, count)) == [None] * count
+    for problem in on_shards(count, lambda shards: said(shards, 1)):
+        assert problem.startswith(f"--device: must be the same for all parts of a replica; got a GPU for 1 of {count}.")
 
 
 def test_one_shard_is_the_whole_and_nothing_crosses():

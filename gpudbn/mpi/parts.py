@@ -71,8 +71,8 @@ class Parts(Shards):
         with self._crossing("borders of parts"):
             there = [None if array is None else np.empty(array.shape, array.dtype) for array in take]
             requests = [self.wire.irecv(array, part) for part, array in enumerate(there) if array is not None]
-            requests += [self.wire.isend(np.ascontiguousarray(to_cpu(array)), part)
-                         for part, array in enumerate(give) if array is not None]
+            ready = {part: np.ascontiguousarray(to_cpu(array)) for part, array in enumerate(give) if array is not None}
+            requests += [self.wire.isend(array, part) for part, array in ready.items()]
             self.wire.wait(*requests)
             for out, array in zip(take, there, strict=True):
                 if out is not None:
