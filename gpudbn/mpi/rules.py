@@ -114,12 +114,15 @@ class Compensated(Rule):
     """Delay compensation in front of a rule: it gets what the change would be at the parameters, to first order.
 
         square <- 0.95 square + 0.05 change^2
-        change - strength change^2 / sqrt(square) (parameters - base)
+        share = strength change / sqrt(square) (parameters - base), from -1 to 1
+        change - share change
 
     with base the parameters on which the change was computed. A gradient changes by the curvature times the way; the
     squared gradient stands for the curvature, which is negative where a likelihood has its top. Zheng et al.,
     "Asynchronous stochastic gradient descent with delay compensation" (2017), algorithm 2, in its adaptive form: the
     strength is divided by the root mean square of the gradients, and so the scale of a change does not matter.
+    No entry is corrected by more than its own size, which the paper does not demand: first order goes no further.
+    Without this one of four runs of 16 replicas on MNIST ended in infinity, and the one with a strength of 4, too.
 
     A server keeps what each replica works on: what that pulled, and the changes that it made to it by itself since.
     For that it must know what is pulled: pulls go by message.
@@ -162,15 +165,16 @@ class Compensated(Rule):
 
     def _compensated(self, parameters: Array, change: Array, base: Array) -> Array:
         xp, square, work, out = module_of(parameters, change), self._square, self._work, self._change
-        xp.multiply(change, change, out=out)
+        xp.multiply(change, change, out=work)
         square *= self.KEEP
-        xp.multiply(out, 1 - self.KEEP, out=work)
+        work *= 1 - self.KEEP
         square += work
         xp.sqrt(xp.add(square, self.TINY, out=work), out=work)
-        xp.divide(out, work, out=out)
-        xp.subtract(base, parameters, out=work)
-        out *= work
+        xp.divide(change, work, out=out)
+        out *= xp.subtract(base, parameters, out=work)
         out *= self.strength
+        xp.clip(out, -1, 1, out=out)
+        out *= change
         out += change
         return out
 

@@ -51,14 +51,14 @@ def test_a_stale_change_counts_less():
 def check_compensation(monkeypatch):
     """A history of two replicas, some of whose changes are late, against the formula in float64."""
     rng = np.random.default_rng(2)
-    job = Job(monkeypatch, 2, 5, rule=Compensated(Steps(partial(optimiser.SGD, decay=0), rate=0.5), strength=3.0))
+    job = Job(monkeypatch, 2, 5, rule=Compensated(Steps(partial(optimiser.SGD, decay=0), rate=0.5), strength=12.0))
     p, before = job.begin(5)
     for own, old in zip(p, before, strict=True):
         own += 1  # not zero, so that a base that was forgotten shows
         old += 1
     job.replicas[0].begin(p[0])
     job.replicas[1].begin(p[1])
-    now, square, late = np.ones(5), np.zeros(5), 0.0
+    now, square, late, most = np.ones(5), np.zeros(5), 0.0, 0.0
     works_on = [now.copy(), now.copy()]
     for who, fetch in ((0, True), (0, False), (0, True), (1, False), (0, True), (1, True), (1, False), (0, True)):
         change = rng.standard_normal(5) * 10.0 ** rng.integers(-6, 0)
@@ -68,11 +68,12 @@ def check_compensation(monkeypatch):
         job.replicas[who].exchange(p[who], before[who], fetch=fetch)
         job.server._take()
         square = 0.95 * square + 0.05 * change**2
-        correction = 3 * change**2 / np.sqrt(square) * (now - works_on[who])
-        late = max(late, np.abs(correction).max())
+        share = 12 * change / np.sqrt(square) * (now - works_on[who])
+        late, most = max(late, np.abs(share).min()), max(most, np.abs(share).max())
+        correction = np.clip(share, -1, 1) * change
         now = now + 0.5 * (change - correction)
         works_on[who] = now.copy() if fetch else works_on[who] + change
-    assert late > 1e-2
+    assert 1e-3 < late < 1 < most
     assert_close(job.store.parameters, now, rtol=1e-5)
 
 
@@ -85,6 +86,8 @@ def test_a_late_change_is_compensated_for_where_the_parameters_have_gone(monkeyp
     (rules, "self._bases[replica][...] = parameters", "pass"),
     (rules, "xp.subtract(base, parameters, out=work)", "xp.subtract(parameters, base, out=work)"),
     (rules, "square *= self.KEEP", "pass"),
+    (rules, "xp.clip(out, -1, 1, out=out)", "pass"),
+    (rules, "out *= self.strength", "pass"),
     (server, "self.rule.pulled(replica, self.parameters)", "pass"),
     (server, "self._take()  # what this", "pass  # what this"),
 ])
