@@ -11,8 +11,8 @@ Each sample is a process of its own; repetitions of all programs are taken in tu
 sample. OpenBLAS chooses its kernels by the CPU (``unset``), or is told to take those of ``OPENBLAS_CORETYPE``; PyTorch
 has a BLAS of its own. Beside each sample stands how many cores others used meanwhile.
 
-Programs that are not installed are listed as not measured: scikit-learn, PyTorch, rbms, learnergy (several hundred
-megabytes; ``pip install 'gpudbn[peers]'``). Where there is a GPU, ours and those of PyTorch run there as well.
+Programs that are not installed are listed as not measured: scikit-learn, PyTorch, rbms, learnergy (gigabytes; ``pip
+install 'gpudbn[peers]'``), and ours with numba. Where there is a GPU, ours and those of PyTorch run there as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ RATE, MOMENTUM, DECAY = 0.05, 0.5, 0.0002
 SD = 0.01  # of initial weights
 SAMPLES = 3  # epochs of a sample, behind one to warm up
 PROBE = 1000  # rows that are reconstructed at the end
-PACKAGES = {"sklearn": "scikit-learn", "torch": "torch", "rbms": "rbms", "learnergy": "learnergy"}
+PACKAGES = {"sklearn": "scikit-learn", "torch": "torch", "rbms": "rbms", "learnergy": "learnergy", "numba": "numba"}
+OURS = {"of ours": "gpudbn", "of ours, numba": "gpudbn, numba"}  # ratio: to which of ours
 TARGETS = (0.05, 0.03, 0.02)  # test errors
 # how many times as long as ours they are to take, with two threads and OpenBLAS choosing its kernels
 GOALS = {"scikit-learn, float32": 1.8, "PyTorch, the tutorial's way": 2.8, "five products alone": 1 / 1.5}
@@ -261,6 +262,7 @@ class Program(NamedTuple):
 
 EPOCH = {
     "gpudbn": Program(ours),
+    "gpudbn, numba": Program(ours, needs=("numba",)),
     "gpudbn, PCD-1": Program(ours, {"method": "pcd"}),
     "five products alone": Program(products),
     "PyTorch, by hand": Program(torch_by_hand, needs=("torch",)),
@@ -590,14 +592,15 @@ def spread(values: list[float]) -> list[float]:
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
-    """For each program of ``epoch`` seconds, and its seconds over ours of the same repetition; for ``error``, seconds
-    until each target, None where one is not reached. Each a median, smallest and largest."""
+    """For each program of ``epoch`` seconds, and its seconds over ours of the same repetition, with and without numba;
+    for ``error``, seconds until each target, None where one is not reached. Each a median, smallest and largest."""
     found: dict[str, Any] = {"epoch": {}, "error": {}}
     for core_type, programs in content["samples"].get("epoch", {}).items():
-        ours = [one["seconds"] for one in programs.get("gpudbn", [])]
+        ours = {key: [one["seconds"] for one in programs[name]] for key, name in OURS.items() if programs.get(name)}
         found["epoch"][core_type] = {
             name: {"seconds": spread([one["seconds"] for one in samples]),
-                   "of ours": spread([one["seconds"] / mine for one, mine in zip(samples, ours, strict=False)]),
+                   **{key: spread([one["seconds"] / mine for one, mine in zip(samples, each, strict=False)])
+                      for key, each in ours.items()},
                    "peak MB": statistics.median(one["peak MB"] for one in samples),
                    "MB before": statistics.median(one["MB before"] for one in samples),
                    "others": max(one["others"] for one in samples)}
@@ -719,7 +722,10 @@ def main() -> int:
     given = parser.parse_args()
     if given.sample:
         programs, action = PARTS[given.sample]
-        print(json.dumps(action(programs[given.name], given)), flush=True)
+        program = programs[given.name]
+        if "numba" not in program.needs:
+            sys.modules["numba"] = None  # type: ignore[assignment] # as if it were not installed
+        print(json.dumps(action(program, given)), flush=True)
         return 0
     if given.toy:
         vars(given).update(TOY)

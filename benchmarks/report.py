@@ -87,20 +87,21 @@ def show_peers(page: Page, content: dict[str, Any]) -> None:
         page.add(f"An epoch of {layer['rows']} rows, {layer['hidden']} hidden units, batches of {layer['batch']}. "
                  "Medians (smallest to largest) over repetitions in turn, each a process of its own. *Of ours*: over "
                  "what ours took in the same repetition, so that more than 1 is slower; ours has counter-based draws, "
-                 "momentum and decay. *Others*: cores that other processes used meanwhile, at the most.", "")
+                 "momentum and decay, and numba compiles the draws where it says so. *Others*: cores that other "
+                 "processes used meanwhile, at the most.", "")
     for core_type, programs in found["epoch"].items():
         samples = itertools.chain(*content["samples"]["epoch"][core_type].values())
         kernels = ", ".join(sorted({str(one["BLAS"]) for one in samples}))
         page.add(f"`OPENBLAS_CORETYPE` {core_type} (NumPy's kernels: {kernels})", "")
-        page.add(*rows_of(["", "s", "of ours", "peak MB", "beyond NumPy and rows", "others"], (
-            [name, spread(row["seconds"], 3), spread(row["of ours"], 2), f"{row['peak MB']:.0f}",
+        ratios = [key for key, name in peers.OURS.items() if name in programs]
+        page.add(*rows_of(["", "s", *ratios, "peak MB", "beyond NumPy and rows", "others"], (
+            [name, spread(row["seconds"], 3), *(spread(row[key], 2) for key in ratios), f"{row['peak MB']:.0f}",
              f"{row['peak MB'] - row['MB before']:.0f}", f"{row['others']:.2f}"]
             for name, row in sorted(programs.items(), key=lambda item: item[1]["seconds"][0]))))
     goals = found["epoch"].get("unset", {})
-    ratios = {name: goals[name]["of ours"][0] for name in peers.GOALS if name in goals}
-    page.add(*(f"- {name}: {ratio:.2f} of ours; the goal is at least {peers.GOALS[name]:.2f}, "
-               f"{'reached' if ratio >= peers.GOALS[name] else '**not reached**'}" for name, ratio in ratios.items()),
-             "")
+    page.add(*(f"- {name}: {goals[name][key][0]:.2f} {key}; the goal is at least {least:.2f}, "
+               f"{'reached' if goals[name][key][0] >= least else '**not reached**'}"
+               for key in peers.OURS for name, least in peers.GOALS.items() if key in goals.get(name, {})), "")
     if goals:
         page.picture("peers-epoch.png", picture_of_epochs(found["epoch"]), "Seconds an epoch; lines reach from the "
                      "smallest to the largest of the repetitions")

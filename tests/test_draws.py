@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from itertools import pairwise
 from types import MethodType, SimpleNamespace
@@ -345,3 +346,81 @@ def test_normals_are_box_muller_on_neighbours_however_they_are_cut():
 def test_a_size_of_layer_that_is_lost_on_the_way_to_the_normals_is_noticed():
     assert_notices(check_cut_normals, draws, "columns = column + m if columns is None else columns\n    uniforms",
                    "columns = column + m\n    uniforms")
+
+
+# As machine code, where numba is. Without it the same source runs as Python.
+
+
+def check_compiled(monkeypatch, fill):
+    """Many draws, and those of others that the next lines do not compile, are what the formula says."""
+    made = []
+
+    def quick():
+        made.append(1)
+        return fill
+
+    monkeypatch.setattr(draws.compiled, "quick", quick)
+    monkeypatch.setattr(draws, "MANY", 24)
+    for rows, m, row in ((3, 8, 2**31), (6, 4, 0), (1, 28, 2**61)):
+        check_uniforms(rows, m, row, 0, m)
+    assert len(made) == 3
+    check_uniforms(5, 3, 0, 0, 3)  # rows end within a block
+    check_uniforms(2, 8, 0, 0, 8)  # too few
+    assert len(made) == 3
+
+
+def test_draws_as_machine_code_are_what_the_formula_says(monkeypatch):
+    check_compiled(monkeypatch, draws.compiled.fill)
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    ("at >> half, update, site", "at >> half, site, update"),
+    ("index + np.uint64(block)", "index"),
+    ("range(10)", "range(9)"),
+    ("(p1 >> half) ^ c1 ^ a", "(p1 >> half) ^ c1 ^ b"),
+    ("word >> np.uint64(8)", "word >> np.uint64(7)"),
+])
+def test_wrong_machine_code_is_noticed(monkeypatch, line, fault):
+    assert_notices(lambda: check_compiled(monkeypatch, draws.compiled.fill), draws.compiled, line, fault)
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    ("np.uint64(seed & _LOW)", "np.uint64(1)"),
+    ("fill(out.reshape(-1), np.uint64(row * blocks)", "fill(out.reshape(-1), np.uint64(row)"),
+])
+def test_a_wrong_address_of_machine_code_is_noticed(monkeypatch, line, fault):
+    assert_notices(lambda: check_compiled(monkeypatch, draws.compiled.fill), draws, line, fault)
+
+
+def test_machine_code_refuses_addresses_as_all_draws_do(monkeypatch):
+    monkeypatch.setattr(draws.compiled, "quick", lambda: draws.compiled.fill)
+    out = np.empty((draws.MANY // 4, 4), np.float32)
+    with pytest.raises(ValueError, match=r"got seed 1, index 18446744073709551615"):
+        draws.uniforms(out, seed=1, update=0, site=0, row=2**64 - 1)
+
+
+def fake_numba(*, jit=True, keeps=True):
+    """A numba that leaves functions as they are."""
+    def njit(signature, *, cache=False, nogil):
+        assert signature == draws.compiled.SIGNATURE
+        assert nogil
+
+        def compile_(function):
+            if cache and not keeps:
+                raise RuntimeError("cannot cache function: no locator available")
+            return function
+        return compile_
+
+    return SimpleNamespace(njit=njit, config=SimpleNamespace(DISABLE_JIT=not jit))
+
+
+@pytest.mark.parametrize(("numba", "found"), [
+    (fake_numba(), True), (fake_numba(keeps=False), True), (fake_numba(jit=False), False), (None, False)])
+def test_machine_code_is_made_where_numba_can(monkeypatch, numba, found):
+    monkeypatch.setitem(sys.modules, "numba", numba)  # None: cannot be imported
+    assert draws.compiled.quick.__wrapped__() is (draws.compiled.fill if found else None)
+
+
+def test_numba_makes_the_same_draws(monkeypatch):
+    pytest.importorskip("numba")
+    check_compiled(monkeypatch, draws.compiled.quick.__wrapped__())

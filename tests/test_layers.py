@@ -16,6 +16,7 @@ import pytest
 import gpudbn
 
 FLOORS = """
+    compiled
     errors draws scratch tracing mpi/launch mpi/watch mpi/hub mpi/ledger
     arrays exact paths precision settings mpi/costs mpi/tally
     factors parameters shards
