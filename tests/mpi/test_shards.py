@@ -69,9 +69,9 @@ def test_two_replicas_in_two_parts_each_learn_digits(tmp_path):
 def test_two_asynchronous_replicas_in_two_parts_each_learn_digits(tmp_path):
     out = tmp_path / "run"
     assert "around a parameter server, each in 2 parts" in train(
-        5, "--shards", 2, "--layers", 100, 80, "--epochs", 10, "--finetune-epochs", 25, "--out", out)
+        5, "--shards", 2, "--layers", 80, "--epochs", 5, "--finetune-epochs", 12, "--out", out)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert next(r for r in records if r["phase"] == "test")["error"] < 0.08
+    assert next(r for r in records if r["phase"] == "test")["error"] < 0.15
     (ranks,) = [r["ranks"] for r in records if r["phase"] == "report"]
     assert [rank["role"] for rank in ranks] == ["server"] + 4 * ["replica"]
     assert [rank["part"] for rank in ranks[1:]] == [0, 1, 0, 1]
