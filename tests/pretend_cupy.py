@@ -562,6 +562,12 @@ def zeros_like(a, dtype=None, order="K", subok=None, shape=None):
     return zeros(_array(a).shape, dtype or a.dtype)
 
 
+def eye(N, M=None, k=0, dtype=float, order="C"):
+    assert (M, k, order) == (None, 0, "C")
+    device.work()
+    return ndarray(np.eye(N, dtype=dtype))
+
+
 def arange(start, stop=None, step=1, dtype=None):
     device.work()
     return ndarray(np.arange(0, start, step, dtype) if stop is None else np.arange(start, stop, step, dtype))
@@ -684,9 +690,9 @@ cuda = SimpleNamespace(runtime=runtime, Device=_Device, Stream=Stream, Event=Eve
 
 random = SimpleNamespace(random=lambda size, dtype: ndarray(np.random.default_rng().random(size, dtype)))
 
-FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "concatenate", "copyto", "empty", "empty_like", "full",
-             "get_default_memory_pool", "matmul", "ones", "packbits", "stack", "sum", "tile", "unpackbits", "where",
-             "zeros", "zeros_like")
+FUNCTIONS = ("arange", "asarray", "ascontiguousarray", "clip", "concatenate", "copyto", "empty", "empty_like", "eye",
+             "full", "get_default_memory_pool", "matmul", "ones", "packbits", "stack", "sum", "tile", "unpackbits",
+             "where", "zeros", "zeros_like")
 _operators()
 
 
