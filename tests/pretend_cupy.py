@@ -563,9 +563,9 @@ def zeros_like(a, dtype=None, order="K", subok=None, shape=None):
 
 
 def eye(N, M=None, k=0, dtype=float, order="C"):
-    assert (M, k, order) == (None, 0, "C")
+    assert (k, order) == (0, "C")
     device.work()
-    return ndarray(np.eye(N, dtype=dtype))
+    return ndarray(np.eye(N, M, dtype=dtype))
 
 
 def arange(start, stop=None, step=1, dtype=None):
