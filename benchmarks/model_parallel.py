@@ -267,7 +267,7 @@ def main() -> None:
     print(f"\n{PAPER}.")
     if given.out:
         given.out.write_text(json.dumps({"machine": about, "units": given.units, "rows": given.rows,
-                                         "local": given.local, "updates": given.updates, **results, "paper": PAPER},
+                                         "window": given.local, "updates": given.updates, **results, "paper": PAPER},
                                         indent=1) + "\n")
 
 

@@ -284,6 +284,20 @@ def show_tracing(page: Page, content: dict[str, Any]) -> None:
         for name, row in content["updates"].items())))
 
 
+def show_model_parallel(page: Page, content: dict[str, Any]) -> None:
+    page.add(f"CD-1 of the second of two layers of {content['units']} units, {content['rows']} rows, local with "
+             f"windows of {content['window']}. Bytes are what the largest rank gives in an update; milliseconds those "
+             "of jobs on this machine, whose cores more ranks than that share. **The last columns are no runs**: the "
+             "processor time of a part by itself, and what machines of their own, as slow or so many times quicker, "
+             "would gain over one.", "")
+    quicker = [f"gain predicted, x{factor}" for factor in content["quicker"]]
+    page.add(*rows_of(["", "parts", "bytes", "by the formula", "MB a rank", "ms", "processor ms of a part", *quicker], (
+        [kind, parts, shown(row.get("bytes", "")), shown(row["formula"]), shown(row.get("megabytes", "")),
+         shown(row.get("milliseconds", "")), shown(row["computed"]), *(f"{gain:.2f}" for gain in row["gains"])]
+        for kind in ("dense", "local") for parts, row in content[kind].items())))
+    page.add(f"{content['paper']}.", "")
+
+
 def show_plainly(page: Page, content: dict[str, Any]) -> None:
     """Whatever is in it: lists of records and dictionaries of them as tables, what stands alone as a line."""
     for name, value in content.items():
@@ -326,7 +340,8 @@ SECTIONS = {
                            show_autoencoder),
     "exchange": Section("What an exchange costs", "python -m benchmarks.exchange", show_exchange),
     "simulation": Section("Simulation beside reality", "python -m benchmarks.simulation", show_simulation),
-    "model_parallel": Section("Layers cut among ranks", "python -m benchmarks.model_parallel", show_plainly),
+    "model_parallel": Section("Layers cut among ranks", "python -m benchmarks.model_parallel",
+                              show_model_parallel),
     "tracing": Section("NVTX ranges", "python -m benchmarks.tracing", show_tracing),
 }
 
