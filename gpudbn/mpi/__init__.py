@@ -139,6 +139,7 @@ def connect(plan: Plan, size: int | Callable[[], int]) -> Exchange | Server:
     transport, reason = plan.transport, None
     if plan.mode == "async" and transport != "staged":
         reason = ("--overlap moves copies in the host's memory" if plan.overlap else
+                  "what crosses between --shards passes through the host's memory" if plan.shards > 1 else
                   transports.why_not_direct(plan.device))
     wire = Wire.start()
     wire.align()

@@ -125,6 +125,7 @@ def test_a_run_in_parts_resumed_ends_with_the_bits_of_one_that_never_stopped(tmp
     (3, ["--mode", "sync"], "--shards: must divide the number of ranks; got 2 and 3. Start it with mpirun -n 2"),
     (4, [], "--shards: must divide the number of ranks, less 1 that serves; got 2 and 4. Start it with mpirun -n 3"),
     (5, ["--overlap", "on"], "--overlap: must be off with --shards 2; got on"),
+    (3, ["--transport", "direct"], "--transport: must be one that works here; got direct, but what crosses between"),
     (2, ["--mode", "sync", "--order", "fixed", "--centring", "data"], "--centring: must be off with --shards 2; got"),
     (2, ["--mode", "sync", "--optimiser", "lbfgs"], "--optimiser: must be adam or adagrad or sgd with --shards 2; got"),
     (2, ["--mode", "sync", "--layers", 16, 40], "shards: a layer must have at least 17 hidden units for 2 shards; got"),
