@@ -649,7 +649,7 @@ def tasks(given: argparse.Namespace, results: Results) -> Iterator[tuple[str, st
         results.content["not measured"] |= {name: why for name, why in whys.items() if why}
         names = [name for name, why in whys.items() if not why]
         for number in range(given.repetitions if part == "epoch" else given.few):
-            for core_type in given.core_types if part == "epoch" else given.core_types[:1]:
+            for core_type in given.core_types if part == "epoch" and number < given.few else given.core_types[:1]:
                 for i in range(len(names)):  # each repetition begins with another
                     name = names[(i + number) % len(names)]
                     if len(results.samples(part, core_type, name)) == number:
@@ -707,8 +707,9 @@ def main() -> int:
     parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files (default: mnist)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "peers.json", help="the file of results")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--repetitions", type=int, default=5, help="of an epoch by each program (default: 5)")
-    parser.add_argument("--few", type=int, default=3, help="of the other parts (default: 3)")
+    parser.add_argument("--repetitions", type=int, default=5,
+                        help="of an epoch by each program, with the first of --core-types (default: 5)")
+    parser.add_argument("--few", type=int, default=3, help="of the other core types and parts (default: 3)")
     parser.add_argument("--core-types", nargs="+", default=["unset", os.environ.get("OPENBLAS_CORETYPE", "Haswell")],
                         help="values of OPENBLAS_CORETYPE; the first is the one of the other parts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each BLAS (default: one a core)")
