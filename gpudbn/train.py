@@ -9,6 +9,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn import __version__
@@ -136,19 +138,18 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     if ranks := exchange.ranks():
         book.record({"phase": "ranks", "ranks": ranks})
 
-    if exchange.alone:
-        _interruptible(training)
     saver = _Saver(training, exchange, run, settings.checkpoint_seconds)
     again = f"{show.launch} --resume {run.path}"
     try:
         if not resume:  # which has one, of more than is taken up so far
             saver.save()
         last: dict[str, Any] = {}
-        for last in training.run():
-            book.record(last)
-            show.record(last)
-            saver.save_if_due()
-        saver.save()
+        with _interruptible(training) if exchange.alone else nullcontext():
+            for last in training.run():
+                book.record(last)
+                show.record(last)
+                saver.save_if_due()
+            saver.save()
         if training.interrupt and training.index < training.phases:
             show.say(f"interrupted; everything is saved. Go on with: {again}")
             return 130
@@ -188,14 +189,19 @@ def _finish(settings: Settings, run: Run, book: _Book, dbn: DBN, data: DataSet, 
             return
 
 
-def _interruptible(training: Training) -> None:
-    """The first Ctrl-C ends the run after the current turn, a second one at once."""
+@contextmanager
+def _interruptible(training: Training) -> Iterator[None]:
+    """While it lasts, the first Ctrl-C ends the run after the current turn, a second one at once."""
     def stop(number: int, frame: Any) -> None:  # noqa: ARG001
         training.interrupt = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)  # which does not keep the run, and its memory, alive
 
 
 class _Book:

@@ -168,8 +168,8 @@ def test_the_objective_of_a_batch_is_summed_block_by_block(kind, monkeypatch):
     ("row=piece.row + lo)", "row=piece.row)"),
     ("xp.add(self.total, self.gradient.flat, out=self.total)", "self.total[...] = self.gradient.flat"),
     ("np.float32(-1 / count)", "np.float32(1 / count)"),
-    ("loss += count * decay / 2", "loss += decay / 2"),
-    ("self.total[: self.weights] += np.float32(decay) * weights", "pass"),
+    ("loss += decay / 2", "loss += decay"),
+    ("self.total[: self.weights] -= np.float32(decay) * weights", "pass"),
 ])
 def test_a_wrong_objective_is_noticed(line, fault, monkeypatch):
     assert_notices(lambda: check_objective(AutoencoderPhase, monkeypatch), finetune, line, fault)

@@ -242,7 +242,7 @@ def test_a_wrong_sum_is_noticed_before_it_is_used(monkeypatch):
 def test_asynchronous_replicas_have_nothing_for_it_to_add():
     with pytest.raises(UserError, match="--collectives: must be auto or mpi with --mode async"):
         chosen(Settings(collectives="nccl"), 3)
-    assert chosen(Settings(collectives="nccl"), 1)["mode"] == "sync"
+    assert chosen(Settings(collectives="nccl"), 1).mode == "sync"
 
 
 @pytest.mark.gpu
