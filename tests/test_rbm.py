@@ -79,7 +79,7 @@ def test_energies_and_conditionals_are_those_of_enumeration():
     (rbm, "of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
     (reference, "np.negative(np.logaddexp(", "np.positive(np.logaddexp("),
     (reference, "t = np.add(x, c,", "t = np.subtract(x, c,"),
-    (reference, "np.subtract(out, v @ b, out=out)", "np.add(out, v @ b, out=out)"),
+    (reference, "np.subtract(out, v.dot(b), out=out)", "np.add(out, v.dot(b), out=out)"),
     (rbm, "energies, self._input(v), self.c, *visible)", "energies, self._input(v), self.c)"),
     (rbm, "self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
     (rbm, "half_step(sample, mean, h, self.W, self.b, transpose=True",
