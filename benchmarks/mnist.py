@@ -1,11 +1,11 @@
 """MNIST: test error and time of whole runs, alone, under mpirun and simulated, over several seeds.
 
     python -m benchmarks.mnist --data FOLDER --ways single async sync --seeds 1 2 3 4 5 --out results.json
-    python -m benchmarks.mnist --data FOLDER --ways small sixteen --out benchmarks/results/mnist-16.json
+    python -m benchmarks.mnist --data FOLDER --ways small small-parts sixteen --out benchmarks/results/mnist-small.json
 
 Each run is the command a user would type: ``single``, ``async``, ``sync`` and ``parts`` (``async``, but each of the two
-replicas in two parts) with the settings of ``mnist.toml``, 784-500-500-2000; ``small`` with those of
-``mnist-small.toml``, 784-500-300; ``sixteen``, the same by 16 asynchronous replicas in virtual time, with those of
+replicas in two parts) with the settings of ``mnist.toml``, 784-500-500-2000; ``small`` and ``small-parts`` with those
+of ``mnist-small.toml``, 784-500-300; ``sixteen``, the same by 16 asynchronous replicas in virtual time, with those of
 ``mnist-16.toml``. The file is written after every run, and a run that is in it already is not repeated.
 """
 
@@ -28,9 +28,11 @@ WAYS = {"single": ["--config", "mnist.toml"], "async": ["--config", "mnist.toml"
         "sync": ["--config", "mnist.toml", "--mode", "sync"],
         "parts": ["--config", "mnist.toml", "--mode", "async", "--shards", "2"],
         "small": ["--config", "mnist-small.toml"],
+        "small-parts": ["--config", "mnist-small.toml", "--mode", "async", "--shards", "2"],
         "sixteen": ["--config", "mnist-16.toml", "--replicas", "16", "--costs", "cluster.toml"]}
-RANKS = {"async": 3, "sync": 3, "parts": 5}
-BESIDE = {"async": "single", "sync": "single", "parts": "single", "sixteen": "small"}  # what a way is compared with
+RANKS = {"async": 3, "sync": 3, "parts": 5, "small-parts": 5}
+# what a way is compared with
+BESIDE = {"async": "single", "sync": "single", "parts": "single", "small-parts": "small", "sixteen": "small"}
 # two-sided 95 % point of Student's t by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # the Open MPI wheel wants to be told that this is meant
