@@ -4,9 +4,10 @@
     python -m benchmarks.mnist --data FOLDER --ways small small-parts sixteen --out benchmarks/results/mnist-small.json
 
 Each run is the command a user would type: ``single``, ``async``, ``sync`` and ``parts`` (``async``, but each of the two
-replicas in two parts) with the settings of ``mnist.toml``, 784-500-500-2000; ``small`` and ``small-parts`` with those
-of ``mnist-small.toml``, 784-500-300; ``sixteen``, the same by 16 asynchronous replicas in virtual time, with those of
-``mnist-16.toml``. The file is written after every run, and a run that is in it already is not repeated.
+replicas in two parts) with the settings of ``mnist.toml``, 784-500-500-2000; ``small`` and ``small-parts``, which has
+1.2 times the epochs of fine-tuning, with those of ``mnist-small.toml``, 784-500-300; ``sixteen``, the same by 16
+asynchronous replicas in virtual time, with those of ``mnist-16.toml``. The file is written after every run, and a run
+that is in it already is not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WAYS = {"single": ["--config", "mnist.toml"], "async": ["--config", "mnist.toml"
         "sync": ["--config", "mnist.toml", "--mode", "sync"],
         "parts": ["--config", "mnist.toml", "--mode", "async", "--shards", "2"],
         "small": ["--config", "mnist-small.toml"],
-        "small-parts": ["--config", "mnist-small.toml", "--mode", "async", "--shards", "2"],
+        "small-parts": ["--config", "mnist-small.toml", "--mode", "async", "--shards", "2", "--finetune-epochs", "18"],
         "sixteen": ["--config", "mnist-16.toml", "--replicas", "16", "--costs", "cluster.toml"]}
 RANKS = {"async": 3, "sync": 3, "parts": 5, "small-parts": 5}
 # what a way is compared with
