@@ -182,16 +182,10 @@ def join(found: argparse.Namespace) -> Exchange:
 
 def together(exchange: Exchange, action: Callable[[], Any]) -> Any:
     """What the action returns: on the chief before the others, so that it may download. An error of one ends all."""
-    result = None
-    for chief in (True, False):
-        problem = None
-        if exchange.chief is chief:
-            try:
-                result = action()
-            except UserError as error:
-                problem = str(error)
-        exchange.agree(problem)
-    return result
+    from gpudbn.mpi import alone
+
+    first = alone.together(exchange.agree, lambda: action() if exchange.chief else None)
+    return alone.together(exchange.agree, lambda: first if exchange.chief else action())
 
 
 class Model(NamedTuple):

@@ -23,7 +23,7 @@ from gpudbn.draws import Purpose, site
 from gpudbn.errors import UserError
 from gpudbn.parameters import Parameters
 from gpudbn.precision import BLOCKS
-from gpudbn.rbm import RBM
+from gpudbn.rbm import RBM, product
 from gpudbn.shards import WHOLE, Pieces, Shards, go_along
 from gpudbn.twins import twins_of
 
@@ -45,14 +45,6 @@ def autoencoder_shapes(sizes: Sequence[int], shards: Shards = WHOLE) -> dict[str
     up = [(n, len(range(m)[shards.mine(m)])) for n, m in itertools.pairwise(sizes)]
     pairs = [*up, *((m, n) for n, m in reversed(up))]
     return {f"W{i}": pair for i, pair in enumerate(pairs)} | {f"c{i}": pair[1:] for i, pair in enumerate(pairs)}
-
-
-def product(out: Array, a: Array, b: Array, precision: str) -> None:
-    """out <- a b, where nothing has to be added up between shards; ``precision`` as in ``Shards.product_``."""
-    if precision == BLOCKS:
-        twins_of(out).product(out, a, b, BLOCKS)
-    else:
-        module_of(out, a, b).matmul(a, b, out=out)
 
 
 def threshold(v: Array) -> Array:

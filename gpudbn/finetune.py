@@ -23,7 +23,7 @@ import numpy as np
 
 from gpudbn.arrays import Array
 from gpudbn.batch import Arrays, Iteration, Minimiser
-from gpudbn.dbn import DBN, product, threshold
+from gpudbn.dbn import DBN, threshold
 from gpudbn.draws import Purpose, site
 from gpudbn.feed import Source
 from gpudbn.memory import AT_ONCE_ROWS
@@ -31,7 +31,7 @@ from gpudbn.optimiser import Adagrad, Adam, Momentum, StepRule, schedule
 from gpudbn.parameters import Parameters
 from gpudbn.precision import BLOCKS
 from gpudbn.pretrain import Phase, Piece
-from gpudbn.rbm import RBM
+from gpudbn.rbm import RBM, product
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
 from gpudbn.twins import twins_of
 

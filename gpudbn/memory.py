@@ -19,7 +19,7 @@ from gpudbn.errors import UserError
 from gpudbn.feed import AT_ONCE
 from gpudbn.precision import chosen
 from gpudbn.settings import BATCH_OPTIMISERS, Settings
-from gpudbn.shards import EDGE
+from gpudbn.shards import widest
 
 FLOAT = 4
 RESERVE = 128 << 20  # for code, cuBLAS's work space and what allocation rounds up
@@ -33,7 +33,7 @@ def model_bytes(settings: Settings, sizes: list[int], classes: int, *, shards_ro
     """Bytes by what they are for, at the phase that needs most. ``sizes`` are the data's columns, then ``--layers``;
     ``shards_rows`` says that replicas have rows of their own, and so parameters of their own for a while."""
     s, depth = settings, len(sizes) - 1
-    own = [min(m, EDGE * -(-m // (EDGE * s.shards))) for m in sizes[1:]]  # hidden units of the largest part
+    own = [widest(m, s.shards) for m in sizes[1:]]
     pairs = list(zip(sizes[:-1], own, strict=True))
     weights = [(s.of_layer("local", i) or n) * m for i, (n, m) in enumerate(pairs)]
     layers = [w + n + m for w, (n, m) in zip(weights, pairs, strict=True)]

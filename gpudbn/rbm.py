@@ -24,6 +24,14 @@ from gpudbn.shards import WHOLE, Shards
 from gpudbn.twins import twins_of
 
 
+def product(out: Array, a: Array, b: Array, precision: str) -> None:
+    """out <- a b, where nothing has to be added up between shards; ``precision`` as in ``Shards.product_``."""
+    if precision == BLOCKS:
+        twins_of(out).product(out, a, b, BLOCKS)
+    else:
+        module_of(out, a, b).matmul(a, b, out=out)
+
+
 class RBM:
     """A Bernoulli restricted Boltzmann machine with n visible and m hidden units.
 
@@ -145,6 +153,7 @@ class RBM:
 
     # -- energies -----------------------------------------------------------------------------------
 
+    @np.errstate(invalid="ignore")  # OpenBLAS computes with what lies beyond short rows, and discards it
     def energy(self, v: Array, h: Array) -> Array:
         """E(v, h) = -b.v - c.h - v W h for each row. Arrays (B, n), (B, m) -> (B,), nats."""
         of_hidden = h @ self.c + (self._input(v) * h).sum(axis=1)
@@ -166,6 +175,7 @@ class RBM:
         """Visible units and their biases: those that no other shard counts where each sees some, else all."""
         return (self.own(v), self.own(self.b[None])[0]) if self.cut_below else (v, self.b)
 
+    @np.errstate(invalid="ignore")  # OpenBLAS computes with what lies beyond short rows, and discards it
     def free_energy(self, v: Array) -> Array:
         """F(v) = -b.v - sum_j log(1 + exp(c_j + (v W)_j)) for each row. Array (B, n) -> (B,), nats.
 
@@ -224,10 +234,8 @@ class RBM:
         """dW <- v^T h, where there are weights: arrays as W, (B, n), (B, m)."""
         if self.local is not None:
             self.local.gradient(dW, v, h)
-        elif precision == BLOCKS:
-            twins_of(v).product(dW, v.T, h, BLOCKS)
         else:
-            module_of(dW, v, h).matmul(v.T, h, out=dW)
+            product(dW, v.T, h, precision)
 
     def hidden_given_visible(self, v: Array) -> Array:
         """P(h_j = 1 | v). Array (B, n) -> (B, m)."""

@@ -810,9 +810,7 @@ def free_energy(out, x, c, v=None, b=None):
     """
     t = np.add(x, c, out=_scratch.get("t", x.shape))
     np.negative(np.logaddexp(np.float32(0), t, out=t).sum(axis=1), out=out)
-    # dot, unlike @, does not ask for the flags of the FPU: OpenBLAS computes with what lies beyond short rows, too, and
-    # throws it away
-    return out if v is None else np.subtract(out, v.dot(b), out=out)
+    return out if v is None else np.subtract(out, v @ b, out=out)
 
 
 def squared_errors(out, v, w):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn import __version__
@@ -101,19 +102,11 @@ def _replica(settings: Settings, data: DataSet, labelled: DataSet | None, exchan
     from gpudbn.dbn import DBN
     from gpudbn.loop import Training
     from gpudbn.memory import settle
+    from gpudbn.mpi import alone
     from gpudbn.runs import Run
     from gpudbn.shards import unlike
 
-    def together(action: Any) -> Any:
-        """The action's result; a UserError of one replica ends all, with one line."""
-        result, problem = None, None
-        try:
-            result = action()
-        except UserError as error:
-            problem = str(error)
-        exchange.agree(problem)
-        return result
-
+    together = partial(alone.together, exchange.agree)
     xp, place = together(lambda: choose_module(settings.device, exchange.local_replica))
     exchange.agree(unlike(exchange.shards, xp))
     sums = exchange.choose_collectives(settings.collectives, xp)

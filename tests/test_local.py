@@ -14,14 +14,13 @@ from gpudbn.errors import UserError
 from gpudbn.finetune import FinetunePhase
 from gpudbn.fit import finetune, pretrain
 from gpudbn.local import Local
-from gpudbn.loop import Training, largest
-from gpudbn.mpi.alone import Alone
+from gpudbn.loop import largest
 from gpudbn.pretrain import LayerPhase, Piece
 from gpudbn.rbm import new_chains
 from gpudbn.settings import Settings
 from gpudbn.shards import WHOLE
 from tests.helpers import assert_close, joint, log_sum_exp, planted
-from tests.test_shards import COUNTS, SEED, on_shards
+from tests.test_shards import COUNTS, SEED, check_short_run, on_shards
 
 SIZES = [43, 50, 61, 37]
 FANS = [13, 0, 29]  # 4 windows over 43, a dense layer, 3 over 61
@@ -317,22 +316,9 @@ def test_a_border_left_open_is_noticed(line, fault, check):
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
-def a_run(shards, **options):
-    s = replace(SETTINGS, epochs=(1,), finetune_epochs=2, initial_weights=0.3, learning_rate=(0.01,), up="mean",
-                **options)
-    training = Training(DBN(SIZES, shards=shards, local=s.local), data(), s, Alone())
-    return list(training.run()), training.dbn.arrays()
-
-
 @COUNTS
 def test_a_short_run_in_parts_ends_where_the_whole_one_ends(count):
-    records, arrays = a_run(WHOLE)
-    for found, trained in on_shards(count, a_run):
-        for record, other in zip(found, records, strict=True):
-            for key in set(other) - {"seconds", "phase", "path"}:
-                assert_close(record[key], other[key], rtol=1e-4, atol=1e-6)
-        for name, array in arrays.items():
-            assert_close(trained[name], array, atol=2e-4)
+    check_short_run(SETTINGS, data(), count)
 
 
 def test_from_python(tmp_path):

@@ -7,6 +7,7 @@ distance that exact samples have on average, so that about 0.8 is right and 2 is
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise, product
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_energies_and_conditionals_are_those_of_enumeration():
     (rbm, "of_hidden = h @ self.c + (", "of_hidden = v @ self.b + h @ self.c + ("),
     (reference, "np.negative(np.logaddexp(", "np.positive(np.logaddexp("),
     (reference, "t = np.add(x, c,", "t = np.subtract(x, c,"),
-    (reference, "np.subtract(out, v.dot(b), out=out)", "np.add(out, v.dot(b), out=out)"),
+    (reference, "np.subtract(out, v @ b, out=out)", "np.add(out, v @ b, out=out)"),
     (rbm, "energies, self._input(v), self.c, *visible)", "energies, self._input(v), self.c)"),
     (rbm, "self.up(None, mean, v)", "self.up(None, mean, 1 - v)"),
     (rbm, "half_step(sample, mean, h, self.W, self.b, transpose=True",
@@ -95,6 +96,15 @@ def test_the_free_energy_of_strong_units_does_not_overflow():
     assert_close(of.free_energy(np.ones((1, 2), np.float32)), np.array([-3000.0]), rtol=1e-6)
     of.W[...] = -500
     assert_close(of.free_energy(np.ones((1, 2), np.float32)), np.array([0.0]))
+
+
+def test_flags_that_a_blas_raises_are_not_warned_of():
+    of = RBM(2, 3)
+    of.b[...] = np.inf, -np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # also for what pyproject.toml lets pass
+        assert np.isnan(of.free_energy(np.ones((1, 2), np.float32))).all()
+        assert np.isnan(of.energy(np.ones((1, 2), np.float32), np.ones((1, 3), np.float32))).all()
 
 
 # Initial values

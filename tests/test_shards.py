@@ -411,23 +411,30 @@ def test_in_a_fixed_order_a_stack_in_parts_says_the_bits_of_the_whole_one(count)
             assert name in ("energy", "filters", "of some units") or np.array_equal(said[name], expected), name
 
 
-def a_run(shards):
-    s = replace(SETTINGS, epochs=(1,), finetune_epochs=2, initial_weights=0.3, learning_rate=(0.01,), up="mean")
-    training = Training(DBN(SIZES, shards=shards), data(), s, Alone())
-    return list(training.run()), training.dbn.arrays()
+def check_short_run(settings, rows, count):
+    """A run in parts ends where the whole one ends.
 
+    So short that no sample that flips by rounding has been met: then all is equal to rounding.
+    """
+    s = replace(settings, epochs=(1,), finetune_epochs=2, initial_weights=0.3, learning_rate=(0.01,), up="mean")
 
-@COUNTS
-def test_a_short_run_ends_where_the_whole_one_ends(count):
-    """So short that no sample that flips by rounding has been met: then all is equal to rounding."""
-    records, arrays = a_run(WHOLE)
-    for found, trained in on_shards(count, a_run):
+    def run(shards):
+        training = Training(DBN([rows.n, *s.layers], shards=shards, local=s.local), rows, s, Alone())
+        return list(training.run()), training.dbn.arrays()
+
+    records, arrays = run(WHOLE)
+    for found, trained in on_shards(count, run):
         for record, other in zip(found, records, strict=True):
             assert record.keys() == other.keys()
             for key in set(other) - {"seconds", "phase", "path"}:
                 assert_close(record[key], other[key], rtol=1e-4, atol=1e-6)
         for name, array in arrays.items():
             assert_close(trained[name], array, atol=2e-4)
+
+
+@COUNTS
+def test_a_short_run_ends_where_the_whole_one_ends(count):
+    check_short_run(SETTINGS, data(), count)
 
 
 def test_gradients_need_nothing_from_others():

@@ -251,13 +251,9 @@ def _prepared(wire: Wire, size: Callable[[], int], first: int) -> int:
     """What ``size`` returns on rank ``first``, then on the ranks behind it; the largest, on all ranks."""
     import numpy as np
 
+    from gpudbn.mpi.alone import together
+
     found = 0
     for ranks in (range(first, first + 1), range(first + 1, wire.size)):
-        problem = None
-        if wire.rank in ranks:
-            try:
-                found = size()
-            except UserError as error:
-                problem = str(error)
-        wire.agree(problem)
+        found = max(found, together(wire.agree, lambda: size() if wire.rank in ranks else 0))  # noqa: B023 - called here
     return int(wire.allgather(np.array([found], np.int64)).max())

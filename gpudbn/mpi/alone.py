@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,26 @@ from gpudbn.errors import UserError
 from gpudbn.factors import Factors
 from gpudbn.mpi.tally import Tally
 from gpudbn.shards import WHOLE, Shards
+
+Result = TypeVar("Result")
+
+
+def together(agree: Callable[[str | None], None], action: Callable[[], Result]) -> Result:
+    """What the action returns, if no rank's raises UserError: then all do, with one line.
+
+    Parameters
+    ----------
+    agree : callable
+        ``Exchange.agree``, or ``Wire.agree``: of the ranks that act.
+    action : callable
+    """
+    try:
+        result = action()
+    except UserError as error:
+        agree(str(error))
+        raise  # what agrees has raised already
+    agree(None)
+    return result
 
 
 class Exchange:
@@ -72,7 +92,7 @@ class Exchange:
 
     def __init__(self, tally: Tally | None = None) -> None:
         self.align: Callable[[], None] = lambda: None
-        self.tally = tally or Tally(self.clock)
+        self.tally = tally or Tally(time.perf_counter)  # not self.clock: a circle would keep phases, and their memory
         self.tally.enter("computing")
 
     @property

@@ -278,7 +278,7 @@ class Asynchronous(Together):
                 evaluation = ticket.evaluation
                 self._pull(parameters)
             loss = compute(*batch.span(ticket.portion))
-            for link, part in reversed(list(zip(self.links, self._cuts, strict=True))):  # see ``sandblaster.py``
+            for link, part in reversed(self._places()):  # see ``sandblaster.py``
                 link.end.push(ticket.label(loss, gradient[part].nbytes), gradient[part])
         self._pull(parameters)
 

@@ -53,7 +53,7 @@ def survived(lost, *, servers=1, replicas=3, epochs=3, each=12, survive=True, le
     for who in left:
         assert living[who]["left"]
     for replica in lost:
-        assert f"replica {replica} of {replicas}" in done.stderr, done.stderr
+        assert f"replica {replica} of {replicas}" + (" on" if parts == 1 else ", part") in done.stderr, done.stderr
     return done, reports, living
 
 
