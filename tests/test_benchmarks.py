@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, peers, report, tracing
+from benchmarks import autoencoder, peers, report, scaling, tracing
 from gpudbn.data import load
+from gpudbn.mpi.costs import Compute, Costs
 
 TOP = Path(__file__).parents[1]
 
@@ -172,6 +173,65 @@ def test_simulation_runs(tmp_path):
     run("benchmarks.simulation", "--data", "digits", "--ways", "sync 2", "--times", 1, "--out", out)
     assert json.loads(out.read_text())["runs"][0]["ratio"] > 0
     assert "| sync 2 |" in report.make(tmp_path, tmp_path)
+
+
+TOY_COSTS = Costs(phases=(Compute((1e-3, 1e-5), (1e-3, 1e-5), (1e-4, 0), (0, 1e-6)),) * 2, node=2)
+TOY_NETWORK = {"layers": [16], "batch": 10, "optimiser": "sgd", "finetune_momentum": 0.0, "momentum": [0.0],
+               "finetune_learning_rate": 0.5, "dropout": 0.0}
+
+
+@pytest.mark.parametrize(("mode", "workers"), [("async", 3), ("sync", 2), ("local", 2), ("async", 1)])
+def test_a_simulated_point_ends_with_its_last_target(mode, workers):
+    data = scaling.digits("digits", 1000)
+    servers = 0 if workers == 1 else 1
+    found = scaling.simulated(data, {**TOY_NETWORK, "mode": mode, "servers": max(1, servers)}, TOY_COSTS,
+                              workers=workers, rows=1000, seen=300, targets=[0.5, 0.3], most=10_000)
+    assert list(found["reached"]) == ["50", "70"]
+    (early, fewer, _), (late, more, rows) = found["reached"].values()
+    assert found["pretraining"][0] < early < late
+    assert fewer < more < 10_000
+    assert rows == more * 10
+    assert found["curve"][-1][-1] <= 0.3 < found["curve"][-2][-1]
+    assert found["curve"][-1][:3] == found["quick"][-1][:3] == [late, more, rows]
+    assert 0.9 < sum(found["share"].values()) <= 1.001
+
+
+def test_a_point_that_does_not_get_there_ends_all_the_same():
+    data = scaling.digits("digits", 100)
+    found = scaling.simulated(data, TOY_NETWORK | {"mode": "async"}, TOY_COSTS, workers=2, rows=100, seen=100,
+                              targets=[0.01], most=100)
+    assert found["reached"] == {}
+    assert 100 <= found["end"][1] < 105
+    rate = {"finetune_learning_rate": 1e30}
+    failed = scaling.simulated(data, TOY_NETWORK | {"mode": "async"} | rate, TOY_COSTS, workers=2, rows=100, seen=100,
+                               targets=[0.01], most=100)
+    assert "must stay finite" in failed["failed"]
+
+
+def test_partitions_are_of_one_size_and_passed_several_times():
+    data = scaling.digits("digits", 100)
+    first, second = data.sets(7, rows=100, seen=50, batch=5)
+    assert len(first.train) == 56
+    shards = [second.train.shard(i, 7).index for i in range(7)]
+    assert {len(shard) for shard in shards} == {15 * (scaling.MEETING * 5 * 7 // 100)}
+    assert [len(set(shard.tolist())) for shard in shards] == [15] * 7
+    assert set(np.concatenate(shards).tolist()) == set(range(100))
+
+
+def test_more_rows_than_there_are_have_shifted_pictures():
+    data = load("digits", validation=0).train
+    made = scaling.digits("digits", 2 * len(data) + 5)
+    assert len(made.x) == len(made.y) == 2 * len(data) + 5
+    own, others = made.x[:5].reshape(-1, 8, 8), made.x[len(data) : len(data) + 5].reshape(-1, 8, 8)
+    assert np.array_equal(made.y[: len(data)], made.y[len(data) : 2 * len(data)])
+    ways = set()
+    for one, other in zip(own, others, strict=True):
+        padded = np.pad(one, 2)
+        places = [(i, j) for i in range(5) for j in range(5)
+                  if np.array_equal(padded[i : i + 8, j : j + 8], other)]
+        assert places, "each is a shift of its own"
+        ways.update(places[:1])
+    assert len(ways) > 2
 
 
 def test_tracing_runs():

@@ -37,7 +37,7 @@ ROWS = {"update": 1, "sums": 2, "step": 1, "measure": 1}  # which argument of a 
 
 @dataclass
 class Simulation:
-    """What came of it. Seconds are virtual.
+    """What came of it. Seconds are virtual. If it was ended before its end, what had come of it until then.
 
     Attributes
     ----------
@@ -59,7 +59,8 @@ class Simulation:
 
 
 def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, labelled: DataSet | None = None,
-             record: Callable[[dict[str, Any]], None] | None = None) -> Simulation:
+             record: Callable[[dict[str, Any]], None] | None = None,
+             watch: Callable[[Training], bool] | None = None) -> Simulation:
     """Train as the settings say, with so many replicas, and servers around them in mode async.
 
     Parameters
@@ -72,6 +73,9 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
         With as many phases as the run has.
     record : callable, optional
         Called with each record as it comes.
+    watch : callable, optional
+        Called on replica 0 after each of its turns, when it has exchanged: ``training.phase`` has its parameters,
+        ``training.exchange.clock()`` is the time. It takes no time. If it returns True the simulation ends there.
 
     Raises
     ------
@@ -85,26 +89,43 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     plan = replace(chosen(settings, servers + replicas), transport="staged")
     size = largest(settings, data, labelled)
     machine, found = Machine(servers + replicas, costs, settings.seed), Simulation()
+    joined: dict[int, tuple[Exchange | Server, VirtualWire]] = {}
 
     def rank(wire: VirtualWire) -> dict[str, Any]:
         exchange = join(wire, plan, size) if wire.size > 1 else _Alone(wire)
+        joined[wire.rank] = exchange, wire
         if isinstance(exchange, Server):
             return exchange.serve() | wire.place
         dbn = DBN([data.train.n, *settings.layers], np, local=settings.local)
-        for item in _Timed(dbn, data, settings, exchange, labelled, wire).run():
+        training = _Timed(dbn, data, settings, exchange, labelled, wire)
+        if exchange.chief:
+            found.dbn = dbn
+            if watch:
+                training.progress = partial(_watched, watch, training)
+        for item in training.run():
             if exchange.chief:
                 found.records.append(item)
                 if record:
                     record(item)
-        if exchange.chief:
-            found.dbn = dbn
         report = exchange.report()
         exchange.close()
         return report | wire.place
 
-    reports = run(machine, rank)
+    try:
+        reports = run(machine, rank)
+    except _Enough:
+        reports = [end.report() | wire.place for _, (end, wire) in sorted(joined.items())]
     found.servers, found.replicas, found.seconds = reports[:servers], reports[servers:], machine.now
     return found
+
+
+class _Enough(Exception):  # noqa: N818 - nothing is wrong
+    """Ends a simulation of which enough has been seen."""
+
+
+def _watched(watch: Callable[[Training], bool], training: Training, *_: int) -> None:
+    if watch(training):
+        raise _Enough
 
 
 class _Alone(Alone):

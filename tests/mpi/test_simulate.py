@@ -130,6 +130,27 @@ def test_the_turns_of_a_straggler_are_done_by_others():
     assert sum(found.servers[0]["applied"]) == 72
 
 
+def test_who_watches_takes_no_time_and_may_end_it():
+    costs, seen = Costs(phases=(LAYER, LAYER, TUNING)), []
+
+    def watch(training):
+        seen.append((training.exchange.clock(), training.index, float(training.phase.parameters.sum())))
+        return ends_at is not None and len(seen) == ends_at
+
+    ends_at = None
+    whole = simulate(small_settings(), small_data(), replicas=3, costs=costs, watch=watch)
+    assert whole.records == simulated(3).records
+    assert len(seen) == whole.replicas[0]["pushes"]
+    assert [index for _, index, _ in seen] == sorted(index for _, index, _ in seen)
+    every, seen, ends_at = seen, [], 7
+    part = simulate(small_settings(), small_data(), replicas=3, costs=costs, watch=watch)
+    assert seen == every[:7]
+    assert part.seconds == seen[-1][0]
+    assert part.replicas[0]["pushes"] == 7
+    assert 15 < part.servers[0]["version"] <= 21 < whole.servers[0]["version"]
+    assert part.dbn is not None
+
+
 def test_a_slow_network_to_one_server_is_shared_out():
     """Twice the servers on nodes of their own, half the time in the queue for their links."""
     slow = {"node": 1, "network": Hop(1e-4, 2e6)}
