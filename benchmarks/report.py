@@ -1,6 +1,7 @@
 """One page of everything that was measured: tables and pictures from ``results/*.json``.
 
-    python -m benchmarks.report          writes results/README.md and its pictures
+    python -m benchmarks.report                          writes results/README.md and its pictures
+    python -m benchmarks.report --measure --data FOLDER  measures again first what takes minutes, not hours
 
 A file of results has a section here, or the page is not made: nothing is forgotten. What a section says was measured
 stands in its file; what has no file is listed as not measured.
@@ -11,7 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,6 +350,35 @@ SECTIONS = {
                               show_model_parallel),
     "tracing": Section("NVTX ranges", "python -m benchmarks.tracing", show_tracing),
 }
+# what --measure does again, and whether it takes --data
+AGAIN = {"tracing": False, "model_parallel": False, "exchange": False, "simulation": True, "peers": True,
+         "scaling": True}
+ADDED_TO = ("exchange",)  # files that have a part for each MPI
+
+
+def measure(results: Path, data: str) -> list[str]:
+    """Run the programs of ``AGAIN``, one after the other; return the names of those that failed.
+
+    A file of results is replaced when its program has ended well. One that was interrupted leaves what it has in
+    ``NAME.json.begun``, where those programs that can go on the next time.
+    """
+    failed = []
+    for number, (name, takes_data) in enumerate(AGAIN.items(), 1):
+        file, begun = results / f"{name}.json", results / f"{name}.json.begun"
+        if name in ADDED_TO and file.exists():
+            shutil.copyfile(file, begun)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(begun.resolve()),
+                   *(["--data", data] if takes_data else [])]
+        print(f"{number} of {len(AGAIN)}: {' '.join(command[1:])}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run(command, cwd=HERE.parent, check=False).returncode
+        if code == 0 and begun.exists():
+            begun.replace(file)
+        else:
+            failed.append(name)
+        print(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes{f', FAILED with code {code}' if code else ''}",
+              flush=True)
+    return failed
 
 
 def machines(content: dict[str, Any]) -> list[str]:
@@ -367,7 +401,7 @@ def make(results: Path, out: Path) -> str:
         raise SystemExit(f"{files[name]}: must have a section in benchmarks/report.py; got none")
     page = Page(out)
     for name, section in SECTIONS.items():
-        page.add(f"## {section.title}", "", f"`{section.command}`", "")
+        page.add(f"## {section.title}", "", f"`{section.command}`{'' if name in AGAIN else ' (not by --measure)'}", "")
         if name not in files:
             page.add("Not measured yet.", "")
             continue
@@ -389,16 +423,23 @@ def make(results: Path, out: Path) -> str:
     return "\n".join(page.lines).rstrip() + "\n"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the files are")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes (default: beside them)")
+    parser.add_argument("--measure", action="store_true", help="measure again first, which takes about 40 minutes")
+    parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files (default: mnist)")
     given = parser.parse_args()
     out = given.out or given.results
     out.mkdir(parents=True, exist_ok=True)
+    failed = measure(given.results, str(Path(given.data).resolve()) if Path(given.data).is_dir() else given.data) \
+        if given.measure else []
     (out / "README.md").write_text(make(given.results, out), "utf-8")
     print(out / "README.md")
+    for name in failed:
+        print(f"FAILED: {name}; the page has its former figures")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -296,3 +296,22 @@ def test_what_a_doubling_takes_is_told_beside_its_operations():
                           "rows": {"values": [1024, 2048], "gpudbn": [1.0, 3.0], "products": [1.0, 2.0]}}}
     assert list(report.slopes([sample], peers.BASE)) == [["k, 1 to 2", "1.50", "1.25", "1.40"],
                                                          ["rows, 1024 to 2048", "3.00", "2.00", "2.00"]]
+
+
+def test_measuring_again_replaces_what_ended_well_and_keeps_the_rest(tmp_path, monkeypatch, capfd):
+    kept = {"machine": {"commit": "before"}}
+    (tmp_path / "scaling.json").write_text(json.dumps(kept))
+    (tmp_path / "tracing.json").write_text("{}")
+    monkeypatch.setattr(report, "AGAIN", {"tracing": False, "scaling": True})
+    monkeypatch.setattr(sys, "argv", ["report", "--measure", "--results", str(tmp_path), "--data", "nowhere.npz"])
+    monkeypatch.setattr(report, "SECTIONS", {name: report.SECTIONS[name]._replace(show=report.show_plainly)
+                                             for name in ("tracing", "scaling", "mnist")})
+    assert report.main() == 1
+    assert json.loads((tmp_path / "tracing.json").read_text())["range_ns"] > 0
+    assert json.loads((tmp_path / "scaling.json").read_text()) == kept
+    printed = capfd.readouterr().out
+    assert "FAILED: scaling; the page has its former figures" in printed
+    assert "FAILED: tracing" not in printed
+    page = (tmp_path / "README.md").read_text("utf-8")
+    assert "range_ns" in page
+    assert "`python -m benchmarks.mnist` (not by --measure)" in page
