@@ -82,11 +82,11 @@ def kernels() -> Iterator[str]:
 
 def mpi() -> Iterator[str]:
     """The library, and the mpirun that belongs to it."""
+    from gpudbn.mpi import library
     from gpudbn.mpi.transport import mpirun
-    from gpudbn.mpi.wire import library, refuse_two_wheels
 
-    refuse_two_wheels()
-    name, file = library()
+    library.refuse_two_wheels()
+    name, file = library.found()
     yield name + (f", {file}" if file else "")
     launcher = mpirun()
     yield f"started by {launcher}" if launcher else "no mpirun beside it or on the path: one process only"

@@ -6,7 +6,7 @@ import pytest
 
 from gpudbn import arrays, doctor
 from gpudbn.errors import UserError
-from gpudbn.mpi import transport, wire
+from gpudbn.mpi import library, transport, wire
 from tests.conftest import why_no_mpi
 from tests.pretend_cupy import installed
 
@@ -33,7 +33,7 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     assert "numpy 2." in lines["packages"]
     assert lines["device"] == "CPU (NumPy; there is none)"
     assert lines["transport"] == "staged: there is none"
-    name, file = wire.library()
+    name, file = library.found()
     assert name in lines["MPI"]
     assert str(file) in lines["MPI"]
     assert f"started by {transport.mpirun()}" in lines["MPI"]
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_told_and_the_rest_as_well(capsys, monkeypatch):
     def refuse():
         raise UserError("MPI: one package must be installed; got two")
 
-    monkeypatch.setattr(wire, "refuse_two_wheels", refuse)
+    monkeypatch.setattr(library, "refuse_two_wheels", refuse)
     monkeypatch.setattr(transport, "why_no_gpu", lambda: "there is none")
     code, lines = told(capsys)
     assert code == 2

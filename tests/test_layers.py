@@ -18,7 +18,7 @@ import gpudbn
 FLOORS = """
     compiled
     errors draws scratch tracing mpi/launch mpi/watch mpi/hub mpi/ledger
-    arrays exact paths precision settings mpi/costs mpi/tally
+    arrays mpi/library exact paths precision settings mpi/costs mpi/tally
     factors parameters shards
     local
     reference cuda/door checkpoint data/rows mpi/wire mpi/alone
@@ -53,7 +53,7 @@ FACE = len(FLOORS)
 PACKAGE = Path(gpudbn.__file__).parent
 
 # who may import what is not everywhere
-FENCES = {"cupy": {"arrays", "cuda/__init__", "mpi/nccl"}, "mpi4py": {"mpi/wire"}}
+FENCES = {"cupy": {"arrays", "cuda/__init__", "mpi/nccl"}, "mpi4py": {"mpi/library"}}
 
 
 def sources():

