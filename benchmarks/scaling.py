@@ -165,13 +165,13 @@ def simulated(data: Digits, given: dict[str, Any], costs: Costs, *, workers: int
     settings = Settings(**{**NETWORK, **given, "seed": seed})
     pretrain, finetune = data.sets(workers if settings.mode != "sync" else 1, rows=rows, seen=seen,
                                    batch=settings.finetuning_batch)
-    watch, begun = Watch(data.test, targets, most), time.perf_counter()
+    watch, begun = Watch(data.test, targets, most), time.process_time()
     found: dict[str, Any] = {"workers": workers, "rows": rows, "seen": seen, "seed": seed, "settings": given}
     try:
         run = simulate(settings, pretrain, labelled=finetune, replicas=workers, costs=costs, watch=watch)
     except NonFiniteError as error:
-        return found | {"failed": str(error), "wall": round(time.perf_counter() - begun, 1)}
-    return found | told(watch, run.servers, run.replicas) | {"wall": round(time.perf_counter() - begun, 1)}
+        return found | {"failed": str(error), "processor": round(time.process_time() - begun, 1)}
+    return found | told(watch, run.servers, run.replicas) | {"processor": round(time.process_time() - begun, 1)}
 
 
 def told(watch: Watch, servers: list[dict[str, Any]], replicas: list[dict[str, Any]]) -> dict[str, Any]:

@@ -74,8 +74,9 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     record : callable, optional
         Called with each record as it comes.
     watch : callable, optional
-        Called on replica 0 after each of its turns, when it has exchanged: ``training.phase`` has its parameters,
-        ``training.exchange.clock()`` is the time. It takes no time. If it returns True the simulation ends there.
+        Called on replica 0 after each of its updates, or where replicas have rows of their own after each exchange:
+        ``training.phase`` has its parameters, ``training.exchange.clock()`` is the time. It takes no time. If it
+        returns True the simulation ends there.
 
     Raises
     ------
@@ -101,7 +102,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
         if exchange.chief:
             found.dbn = dbn
             if watch:
-                training.progress = partial(_watched, watch, training)
+                training.progress = partial(training.show, watch)
         for item in training.run():
             if exchange.chief:
                 found.records.append(item)
@@ -121,11 +122,6 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
 
 class _Enough(Exception):  # noqa: N818 - nothing is wrong
     """Ends a simulation of which enough has been seen."""
-
-
-def _watched(watch: Callable[[Training], bool], training: Training, *_: int) -> None:
-    if watch(training):
-        raise _Enough
 
 
 class _Alone(Alone):
@@ -149,6 +145,17 @@ class _Timed(Training):
         costs = wire.machine.costs.phases
         if len(costs) != self.phases:
             raise UserError(f"costs: must have {self.phases} phases, as the run has; got {len(costs)}")
+
+    def show(self, watch: Callable[[Training], bool], *_: int) -> None:
+        """Let this training be watched: whatever is computed for that takes no time."""
+        self._inside, before = True, self._inside
+        enough = watch(self)
+        self._inside = before
+        if enough:
+            raise _Enough
+
+    def _turn(self) -> int:
+        return 1 if self.progress and not self._own_rows else super()._turn()  # who watches sees every update
 
     def _make_phase(self) -> Phase:
         phase = super()._make_phase()

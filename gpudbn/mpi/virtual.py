@@ -339,13 +339,13 @@ class Win:
                  lambda now: self.machine.carry(self.me.node, memory.owner.node, data.nbytes, now) + network.latency)
 
     def Get(self, into: np.ndarray, target: int, offset: int) -> None:
-        memory = self.memories[target]
+        memory, fiber = self.memories[target], self.machine.running
 
         def read() -> None:
             seen = memory.bytes[offset : offset + into.nbytes]
             into.reshape(-1).view(np.uint8)[:] = seen
             if into.nbytes <= FEW:
-                self.machine.running.looks[memory, offset, offset + into.nbytes] = seen.tobytes()
+                fiber.looks[memory, offset, offset + into.nbytes] = seen.tobytes()
 
         network = self.machine.costs.network
         self._go(memory, into.nbytes, read, lambda now: self.machine.carry(

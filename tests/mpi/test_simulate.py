@@ -10,7 +10,7 @@ import pytest
 from gpudbn import load
 from gpudbn import simulate as command
 from gpudbn.errors import NonFiniteError, UserError
-from gpudbn.mpi import calibrate
+from gpudbn.mpi import calibrate, virtual
 from gpudbn.mpi import simulate as simulate_module
 from gpudbn.mpi.costs import Compute, Costs, Hop
 from gpudbn.mpi.simulate import simulate
@@ -130,10 +130,22 @@ def test_the_turns_of_a_straggler_are_done_by_others():
     assert sum(found.servers[0]["applied"]) == 72
 
 
+def check_servers_on_another_node():
+    """Over a network as quick as a node's memory a run takes about as long: waits end when something has changed."""
+    quick = {"copy": Hop(1e-6, 1e10), "message": Hop(1e-6, 1e10), "network": Hop(1e-6, 1e10)}
+    together, apart = (simulated(6, quick | {"node": node}, servers=2, n_push=1, n_fetch=1) for node in (0, 4))
+    assert_close(apart.seconds, together.seconds, rtol=0.05)
+
+
+def test_a_wait_for_another_node_ends_as_soon_as_one_within():
+    assert_notices(check_servers_on_another_node, virtual, "fiber.looks", "self.machine.running.looks")
+
+
 def test_who_watches_takes_no_time_and_may_end_it():
     costs, seen = Costs(phases=(LAYER, LAYER, TUNING)), []
 
     def watch(training):
+        training.phase.measure(training.data.test, np.arange(9))
         seen.append((training.exchange.clock(), training.index, float(training.phase.parameters.sum())))
         return ends_at is not None and len(seen) == ends_at
 
