@@ -1,15 +1,24 @@
 """Costs of a simulation, measured on this machine: on the run's own layers, and by a job of a server and a replica.
 
-Each measurement is a process, or a job, of its own, with as many BLAS threads as a rank has:
+Each measurement is done by processes, or a job, of its own, with as many BLAS threads as a rank has:
 
     python -m gpudbn.mpi.calibrate compute SETTINGS.toml          seconds of updates, sums, steps and measures
     mpirun -n 2 python -m gpudbn.mpi.calibrate job SETTINGS.toml  of copies, messages and what server and replica do
 
-What is linear in rows or bytes is measured at two sizes. A figure is the median of several.
+What is linear in rows or bytes is measured at two sizes.
+
+Cores at work slow each other, by how much depends on what they do: arithmetic in the cache hardly, passes over memory
+more. So it is measured for each phase, by updates of one process alone and of one on every core at the same time, in
+turns. And none of it stays as it is. On the virtual cores of a cloud two busy ones shared a physical core for a second
+now and then, and each was 1.6 times slower; and neighbours take caches and memory. A run goes on through all of that,
+so measurements are short and go round for ``SECONDS``, and a figure is how long something takes in all that time: the
+harmonic mean over slots of time that are equally long.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,10 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpudbn._command import load_data
 from gpudbn.errors import UserError
@@ -33,12 +44,21 @@ from gpudbn.settings import BATCH_OPTIMISERS, Settings, from_toml
 if TYPE_CHECKING:
     import numpy as np
 
-    from gpudbn.loop import Training
+    from gpudbn.data import Rows
+    from gpudbn.feed import Feed
     from gpudbn.pretrain import Phase, Piece
 
-SECONDS = 0.2  # of one measurement, at least
-LEAST = 7  # repetitions
-STARTING = 4.0  # in which processes have started and loaded the data
+SECONDS = 20.0  # of all measurements of updates
+PARTS = 4  # of these, with a job behind each
+SLOT = 0.05  # seconds of one measurement, at least
+LEAST = 7  # repetitions of what is measured in one go, for GO seconds at least
+GO = 0.2
+TRIES = 5  # of a slot, until nothing else had much of the cores
+OWN = 0.9  # of a core, which a process has then
+STEADY = 0.5  # seconds: about as long as a core was seen to be as quick as it is
+ASKED = (("update", 4), ("update", 1), ("sums", 4), ("sums", 1), ("step", 1), ("measure", 1))  # in parts of a batch
+CREW = {"phases", "crowding", "jitter", "steady"}  # what processes side by side find
+JOB = {"copy", "message", "apply", "publish", "exchange"}  # and a job
 PUSHES = 200
 SMALL = 1000  # entries of the smaller of two vectors
 COLD = 1 << 25  # bytes, more than a core's share of the caches
@@ -65,27 +85,79 @@ def calibrate(settings: Settings, costs: Costs | None = None, *, known: Sequence
     UserError
         If a measurement fails.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found: dict[str, Any] = {"cores": cores, "oversleep": oversleep()}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "settings.toml"
-        file.write_text(settings.to_toml())
-        if not {"phases", "crowding", "jitter"} <= set(known):
-            (alone,) = _all_at_once([[sys.executable]], "compute", file)
-            phases = tuple(Compute(**phase) for phase in alone["phases"])
-            together = _all_at_once([[sys.executable]] * cores, "compute", file) if cores > 1 else [alone]
-            slower = statistics.mean(_updates(one) for one in together) / _updates(alone)
-            found |= {"phases": phases, "crowding": max(0.0, slower - 1), "jitter": alone["jitter"]}
-        mpirun = _mpirun()
-        if mpirun and not {"copy", "message", "apply", "publish", "exchange"} <= set(known):
-            (measured,) = _all_at_once([[mpirun, "-n", "2", sys.executable]], "job", file)
-            found |= {name: Hop(*hop) for name, hop in measured.items()}
-    return replace(costs or Costs(), **{name: value for name, value in found.items() if name not in known})
+    with Calibration(settings, known=known) as calibration:
+        for _ in range(PARTS):
+            calibration.measure(SECONDS / PARTS)
+        return calibration.costs(costs or Costs())
 
 
-def _updates(measured: dict[str, Any]) -> float:
-    """What an update of 100 rows takes, over all phases."""
-    return sum(Compute(**phase).seconds("update", 100) for phase in measured["phases"])
+class Calibration:
+    """Measurements that go on as long as they are told to; what they have found so far. A context manager.
+
+    Parameters
+    ----------
+    settings, known
+        See ``calibrate``.
+    """
+
+    def __init__(self, settings: Settings, *, known: Sequence[str] = ()) -> None:
+        self.settings, self.known = settings, set(known)
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._mpirun = None if self.known >= JOB else _mpirun()
+        self._jobs: list[dict[str, tuple[float, float]]] = []
+        self._crew: Crew | None = None
+
+    def __enter__(self) -> Calibration:
+        with contextlib.ExitStack() as stack:
+            self._file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.toml"
+            self._file.write_text(self.settings.to_toml())
+            if CREW - self.known:
+                self._crew = stack.enter_context(Crew(self.cores, self._file))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def measure(self, seconds: float) -> None:
+        """Updates for so long, once at least; then a job."""
+        if self._crew:
+            self._crew.measure(seconds)
+        if self._mpirun:
+            self._jobs.append(_job(self._mpirun, self._file))
+
+    def costs(self, costs: Costs) -> Costs:
+        """These, with all that is not known as it was measured."""
+        found: dict[str, Any] = {"cores": self.cores, "oversleep": oversleep()}
+        if self._crew:
+            found |= self._crew.found()
+            if "crowding" in self.known:
+                found["phases"] = tuple(replace(phase, crowding=None) for phase in found["phases"])
+        if self._jobs:
+            found |= {name: _mean([Hop(*one[name]) for one in self._jobs]) for name in self._jobs[0]}
+        return replace(costs, **{name: value for name, value in found.items() if name not in self.known})
+
+
+def _mean(hops: list[Hop]) -> Hop:
+    """What takes their mean time, for any number of bytes."""
+    return Hop(statistics.mean(hop.latency for hop in hops), statistics.harmonic_mean(hop.bandwidth for hop in hops))
+
+
+def _job(mpirun: str, settings: Path) -> dict[str, Any]:
+    """What ``job`` finds."""
+    done = subprocess.run([mpirun, "-n", "2", *_command("job", settings)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise _failed(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _command(what: str, settings: Path) -> list[str]:
+    return [sys.executable, "-m", "gpudbn.mpi.calibrate", what, str(settings)]
+
+
+def _failed(errors: str) -> UserError:
+    return UserError(f"calibration: must be able to run; got {errors.strip().splitlines()[-1:]}")
 
 
 def _mpirun() -> str | None:
@@ -94,16 +166,105 @@ def _mpirun() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-def _all_at_once(starts: list[list[str]], what: str, settings: Path) -> list[Any]:
-    """What measurements that run side by side print."""
-    begin = time.time() + STARTING if len(starts) > 1 else 0
-    running = [subprocess.Popen([*start, "-m", "gpudbn.mpi.calibrate", what, str(settings), str(begin)],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for start in starts]
-    said = [process.communicate() for process in running]
-    for process, (_, errors) in zip(running, said, strict=True):
-        if process.returncode:
-            raise UserError(f"calibration: must be able to run; got {errors.strip().splitlines()[-1:]}")
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+class Measured(NamedTuple):
+    """Mean seconds of something with so many rows, in a slot of time, and the share of a core that it had."""
+
+    rows: int
+    seconds: float
+    share: float
+
+
+class Crew:
+    """Processes that measure what they are asked to, one alone or all at the same time. A context manager.
+
+    Parameters
+    ----------
+    size : int
+    settings : Path
+        Of the run, a TOML file.
+    """
+
+    def __init__(self, size: int, settings: Path) -> None:
+        self.size = size
+        self._slots: dict[tuple[int, str, int], list[Measured]] = defaultdict(list)  # of one alone: by what was asked
+        self._together: dict[int, list[list[Measured]]] = defaultdict(list)  # updates of all of them, by phase
+        self._running = [subprocess.Popen(_command("compute", settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                          stderr=subprocess.PIPE, text=True) for _ in range(size)]
+
+    def __enter__(self) -> Crew:
+        (self.phases, *_) = self._answers(self._running)
+        for index in range(self.phases):
+            self.ask(self.size, index, "update", 1)  # so that all are ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            process.kill()
+            process.communicate()
+
+    def measure(self, seconds: float) -> None:
+        """Go round all that is measured for so long, once at least."""
+        until = time.perf_counter() + seconds
+        while True:
+            for index in range(self.phases):
+                for asked in ASKED:
+                    self._slots[(index, *asked)] += self.ask(1, index, *asked)
+                self._together[index].append(self.ask(self.size, index, "update", 1))
+            if time.perf_counter() >= until:
+                break
+
+    def found(self) -> dict[str, Any]:
+        """``phases``, ``crowding``, ``jitter`` and ``steady`` of ``Costs``."""
+        phases = []
+        for index in range(self.phases):
+            points = {asked: (self._slots[(index, *asked)][0].rows, _long_run(self._slots[(index, *asked)]))
+                      for asked in ASKED}
+            together = _long_run(itertools.chain(*self._together[index]))
+            rows, seconds = points["measure", 1]
+            phases.append(Compute(
+                update=line(points["update", 4], points["update", 1]),
+                sums=line(points["sums", 4], points["sums", 1]), step=(points["step", 1][1], 0.0),
+                measure=(0.0, seconds / rows), crowding=max(0.0, together / points["update", 1][1] - 1)))
+        return {"phases": tuple(phases), "crowding": statistics.mean(phase.crowding or 0.0 for phase in phases),
+                "jitter": apart([[one.seconds for one in slot] for slots in self._together.values() for slot in slots]),
+                "steady": STEADY}
+
+    def ask(self, count: int, phase: int, what: str, part: int) -> list[Measured]:
+        """Let the first so many do this, see ``Bench.times``: again where others had a share of their cores."""
+        for _ in range(TRIES):
+            for process in self._running[:count]:
+                assert process.stdin
+                with contextlib.suppress(OSError):  # it has ended: its answer is missing
+                    process.stdin.write(json.dumps([phase, what, part]) + "\n")
+                    process.stdin.flush()
+            found = [Measured(*answer) for answer in self._answers(self._running[:count])]
+            if min(one.share for one in found) > OWN:
+                break
+        return found
+
+    def _answers(self, processes: list[subprocess.Popen[str]]) -> list[Any]:
+        answers = [process.stdout.readline() for process in processes if process.stdout]
+        for process, answer in zip(processes, answers, strict=True):
+            if not answer:
+                errors = process.communicate()[1]
+                self.__exit__()
+                raise _failed(errors)
+        return [json.loads(answer) for answer in answers]
+
+
+def _long_run(slots: Iterable[Measured]) -> float:
+    """Seconds that one takes of many, done one after another through slots of time that are equally long."""
+    return statistics.harmonic_mean(one.seconds for one in slots)
+
+
+def apart(slots: list[list[float]]) -> float:
+    """Standard deviation of the logarithm of what cores take, by how far they are apart at the same time.
+
+    What slows them all does not count. Unbiased; 0 for one core.
+    """
+    if len(slots[0]) < 2:
+        return 0.0
+    return math.sqrt(statistics.mean(statistics.variance(map(math.log, slot)) for slot in slots))
 
 
 # -- in the processes that measure ----------------------------------------------------------------
@@ -111,30 +272,17 @@ def _all_at_once(starts: list[list[str]], what: str, settings: Path) -> list[Any
 
 def median(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter,
            first: Callable[[], object] | None = None) -> float:
-    """Seconds that the action takes."""
-    return statistics.median(repeated(action, clock, first))
-
-
-def repeated(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter,
-             first: Callable[[], object] | None = None) -> list[float]:
-    """Seconds that it takes each time, without those of what is done ``first``."""
+    """Seconds that the action takes, without those of what is done ``first``."""
     found: list[float] = []
     action()
-    until = time.perf_counter() + SECONDS
+    until = time.perf_counter() + GO
     while len(found) < LEAST or time.perf_counter() < until:
         if first:
             first()
         begun = clock()
         action()
         found.append(clock() - begun)
-    return found
-
-
-def spread(times: list[float]) -> float:
-    """Standard deviation of the logarithms, if they are normal; a few that were disturbed do not count."""
-    logarithms = sorted(math.log(t) for t in times)
-    below, above = (logarithms[round(share * (len(logarithms) - 1))] for share in (0.1587, 0.8413))
-    return (above - below) / 2
+    return statistics.median(found)
 
 
 def line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
@@ -149,56 +297,92 @@ def oversleep() -> float:
     return max(0.0, median(lambda: time.sleep(100e-6)) - 100e-6)
 
 
-def compute(settings: Settings) -> dict[str, Any]:
-    """``phases``, the ``Compute`` of each as a table, and the ``jitter`` of their updates.
+class Ready(NamedTuple):
+    """A phase of which parts can be timed: its rows, a vector for sums, and what a look for NaN takes of an update."""
+
+    phase: Phase
+    rows: Rows
+    feed: Feed
+    positions: np.ndarray
+    sums: np.ndarray
+    noting: float
+
+
+class Bench:
+    """The phases of a run, on which parts of updates are timed.
 
     With one thread seconds are those of the processor, so that what else runs on the machine does not count.
+
+    Parameters
+    ----------
+    settings : Settings
+        A batch optimiser's update is made of sums, which are those of any other.
     """
-    import numpy as np
 
-    from gpudbn.dbn import DBN
-    from gpudbn.feed import feed_of
-    from gpudbn.loop import MEASURED, Training
-    from gpudbn.memory import AT_ONCE_ROWS
-    from gpudbn.mpi.alone import Alone
+    def __init__(self, settings: Settings) -> None:
+        import numpy as np
 
-    if settings.optimiser in BATCH_OPTIMISERS:  # made of sums, as those of any other
-        settings = replace(settings, optimiser="sgd", finetune_batch=min(settings.finetuning_batch, AT_ONCE_ROWS))
-    data, labelled = load_data(settings, quiet=True)
-    dbn = DBN([data.train.n, *settings.layers], local=settings.local)
-    training = Training(dbn, data, settings, Alone(), labelled=labelled)
-    clock = time.perf_counter if (settings.threads or 1) > 1 else time.process_time
-    phases, jitters = [], []
-    for index in range(training.phases):
-        training.index = index
-        phase = training._make_phase()
-        phase.begin_epoch(0)
-        phase.begin_turn()
-        rows = training._set(index).train
-        feed, order = feed_of(rows, np, phase.batch), np.arange(len(rows))
-        (sums,) = training._buffers(phase, 1)
-        positions = feed.begin(training._order(len(rows), 0))
-        whole = min(phase.batch, len(rows))
-        noting = median(lambda: training._note(phase), clock) / training._turn()  # noqa: B023 - called here
-        times: dict[str, list[tuple[float, float]]] = {"update": [], "sums": []}
-        for count in (max(1, whole // 4), whole):
-            pieces = _pieces(training, phase, positions, count)
-            updates = repeated(lambda: phase.update(feed, next(pieces)), clock)  # noqa: B023
-            times["update"].append((count, statistics.median(updates) + noting))
-            times["sums"].append((count, median(lambda: phase.sums(sums, feed, next(pieces)), clock) + noting))  # noqa: B023
-        block = order[:MEASURED]
-        jitters.append(spread(updates))
-        phases.append({name: line(*points) for name, points in times.items()} | {
-            "step": (median(lambda: phase.step(sums, whole), clock), 0.0),  # noqa: B023
-            "measure": (0.0, median(lambda: phase.measure(rows, block), clock) / len(block))})  # noqa: B023
-    return {"phases": phases, "jitter": statistics.mean(jitters)}
+        from gpudbn.dbn import DBN
+        from gpudbn.feed import feed_of
+        from gpudbn.loop import Training
+        from gpudbn.memory import AT_ONCE_ROWS
+        from gpudbn.mpi.alone import Alone
 
+        if settings.optimiser in BATCH_OPTIMISERS:
+            settings = replace(settings, optimiser="sgd", finetune_batch=min(settings.finetuning_batch, AT_ONCE_ROWS))
+        data, labelled = load_data(settings, quiet=True)
+        dbn = DBN([data.train.n, *settings.layers], local=settings.local)
+        training = self.training = Training(dbn, data, settings, Alone(), labelled=labelled)
+        self.clock = time.perf_counter if (settings.threads or 1) > 1 else time.process_time
+        self.phases: list[Ready] = []
+        self.pieces: dict[tuple[int, int], Iterator[Piece]] = {}  # by phase and rows
+        for index in range(training.phases):
+            training.index = index
+            phase, rows = training._make_phase(), training._set(index).train
+            phase.begin_epoch(0)
+            phase.begin_turn()
+            feed = feed_of(rows, np, phase.batch)
+            positions = feed.begin(training._order(len(rows), 0))
+            noting = median(partial(training._note, phase), self.clock) / training._turn()
+            self.phases.append(Ready(phase, rows, feed, positions, np.zeros(phase.exchanged, np.float32), noting))
 
-def _pieces(training: Training, phase: Phase, positions: np.ndarray, count: int) -> Iterator[Piece]:
-    """Pieces of so many rows, over and over: other rows each time, so that they come from memory as in training."""
-    while True:
-        for start in range(0, len(positions) - count + 1, count):
-            yield from training._pieces(phase, positions[start : start + count])
+    def times(self, index: int, what: str, part: int) -> Measured:
+        """What something takes, again and again for a slot of time.
+
+        Parameters
+        ----------
+        index : int
+            The phase.
+        what : "update", "sums", "step" or "measure"
+        part : int
+            With the rows of a batch, or of a block that is measured, divided by this.
+        """
+        import numpy as np
+
+        from gpudbn.loop import MEASURED
+
+        self.training.index = index
+        phase, rows, feed, _, sums, noting = self.phases[index]
+        count = max(1, min(MEASURED if what == "measure" else phase.batch, len(rows)) // part)
+        pieces, block = self.pieces.setdefault((index, count), self._pieces(index, count)), np.arange(count)
+        action: Callable[[], object] = {
+            "update": lambda: phase.update(feed, next(pieces)), "sums": lambda: phase.sums(sums, feed, next(pieces)),
+            "step": lambda: phase.step(sums, count), "measure": lambda: phase.measure(rows, block)}[what]
+        action()
+        done, began = 0, time.perf_counter()
+        begun, worked = self.clock(), time.process_time()
+        while not done or time.perf_counter() < began + SLOT:
+            action()
+            done += 1
+        seconds, share = (self.clock() - begun) / done, (time.process_time() - worked) / (time.perf_counter() - began)
+        return Measured(count, seconds + (noting if what in ("update", "sums") else 0.0), share)
+
+    def _pieces(self, index: int, count: int) -> Iterator[Piece]:
+        """Pieces of so many rows: other rows each time, so that they come from memory as in training."""
+        phase, positions = self.phases[index].phase, self.phases[index].positions
+        while True:
+            for start in range(0, len(positions) - count + 1, count):
+                yield from self.training._pieces(phase, positions[start : start + count])
 
 
 def job(settings: Settings) -> dict[str, tuple[float, float]]:
@@ -271,17 +455,20 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
     return {name: (once, 1 / max(each, 1e-12)) for name, (once, each) in lines.items()}
 
 
-def main(what: str, settings: Settings, begin: float) -> int:
-    """One of the measurements, at that time or later; prints a line of JSON."""
+def main(what: str, settings: Settings) -> int:
+    """Answers questions, or measures by a job; prints lines of JSON."""
     from gpudbn.mpi.wire import guarded
 
     def measure() -> None:
-        if begin:
-            load_data(settings, quiet=True)  # into the cache of the disk
-            time.sleep(max(0.0, begin - time.time()))
-        found = compute(settings) if what == "compute" else job(settings)
-        if found:
-            print(json.dumps(found), flush=True)
+        if what == "compute":
+            bench = Bench(settings)
+            print(bench.training.phases, flush=True)
+            for question in sys.stdin:
+                print(json.dumps(bench.times(*json.loads(question))), flush=True)
+        else:
+            found = job(settings)
+            if found:
+                print(json.dumps(found), flush=True)
 
     return guarded(measure)
 
@@ -289,4 +476,4 @@ def main(what: str, settings: Settings, begin: float) -> int:
 if __name__ == "__main__":
     given = Settings(**from_toml(sys.argv[2]))
     launch.limit_threads(given.threads or 1, 1)
-    sys.exit(main(sys.argv[1], given, float(sys.argv[3])))
+    sys.exit(main(sys.argv[1], given))

@@ -32,12 +32,15 @@ class Compute:
     sums : the sums of a piece of a batch, to be added to those of others
     step : a step with such sums
     measure : what is measured at the end of an epoch, 250 rows at a time
+    crowding : float, optional
+        By how much all cores at work slow these down; default: that of ``Costs``.
     """
 
     update: tuple[float, float]
     sums: tuple[float, float]
     step: tuple[float, float]
     measure: tuple[float, float]
+    crowding: float | None = None
 
     def seconds(self, what: str, rows: int) -> float:
         once, row = getattr(self, what)
@@ -66,11 +69,13 @@ class Costs:
     cores : int
         Of a node; 0: one for each of its ranks.
     crowding : float
-        By how much all cores at work slow each of them down: 0.1 is 10 %.
+        By how much all cores at work slow each of them down: 0.1 is 10 %. What a phase has of its own goes before it.
     oversleep : float
         How much longer than asked a rank sleeps.
     jitter : float
-        Standard deviation of the logarithm of what each piece of work is multiplied by.
+        Standard deviation of the logarithm of what work is multiplied by.
+    steady : float
+        Seconds for which that stays the same for a rank; 0: for a piece of work.
     slow : tuple of float
         What the work of each rank is multiplied by, in order; 1 for the ranks behind: 10 is ten times slower.
     """
@@ -87,12 +92,14 @@ class Costs:
     crowding: float = 0.0
     oversleep: float = 60e-6
     jitter: float = 0.0
+    steady: float = 0.0
     slow: tuple[float, ...] = field(default=())
 
     def to_toml(self) -> str:
         """As a TOML document, which ``Costs.read`` reads."""
         def table(item: Any) -> str:
-            return "{" + ", ".join(f"{name} = {word(value)}" for name, value in dataclasses.asdict(item).items()) + "}"
+            return "{" + ", ".join(f"{name} = {word(value)}" for name, value in dataclasses.asdict(item).items()
+                                   if value is not None) + "}"
 
         def word(value: Any) -> str:
             if isinstance(value, list | tuple):
@@ -127,8 +134,8 @@ class Costs:
                 if isinstance(value, dict):
                     given[name] = Hop(**{key: _number(number) for key, number in value.items()})
                 elif name == "phases":
-                    given[name] = tuple(Compute(**{key: (_number(once), _number(row))
-                                                   for key, (once, row) in phase.items()}) for phase in value)
+                    given[name] = tuple(Compute(**{key: _number(cost) if key == "crowding" else _pair(*cost)
+                                                   for key, cost in phase.items()}) for phase in value)
                 elif isinstance(value, list):
                     given[name] = tuple(map(_number, value))
                 else:
@@ -136,6 +143,10 @@ class Costs:
             return cls(**given), tuple(given)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: must hold costs as gpudbn.mpi.costs.Costs has them; got: {error}") from None
+
+
+def _pair(once: Any, row: Any) -> Any:
+    return _number(once), _number(row)
 
 
 def _number(value: Any) -> Any:

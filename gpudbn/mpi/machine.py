@@ -80,46 +80,70 @@ class Fiber:
 class Node:
     """The cores and the link of a node.
 
-    Of k busy threads each gets min(1, cores / k) of a core: none is preferred. ``done`` is what one that has been
-    busy all the time has got so far; work ends when ``done`` reaches what it was at its begin and the work itself.
+    Of k busy threads each gets min(1, cores / k) of a core: none is preferred. What they get done in that time depends
+    on how much their kind of work is slowed by others (``Lane``).
     """
 
-    def __init__(self, machine: Machine, cores: int, crowding: float) -> None:
-        self.machine, self.cores, self.crowding = machine, cores, crowding
+    def __init__(self, machine: Machine, cores: int) -> None:
+        self.machine, self.cores = machine, cores
         self.sending = self.receiving = 0.0  # until when the link is taken
-        self.done = self.since = 0.0
-        self.busy: list[tuple[float, int, Fiber]] = []
+        self.lanes: dict[float, Lane] = {}
+        self.busy = 0
+        self.since = 0.0
         self.plan = 0
 
-    def rate(self, busy: int) -> float:
-        """Seconds of work that each of so many gets done in a second."""
-        crowd = self.crowding * (min(busy, self.cores) - 1) / max(1, self.cores - 1)
-        return min(1.0, self.cores / busy) / (1 + crowd)
+    def rate(self, crowding: float) -> float:
+        """Seconds of such work that each of the busy gets done in a second."""
+        crowd = crowding * (min(self.busy, self.cores) - 1) / max(1, self.cores - 1)
+        return min(1.0, self.cores / self.busy) / (1 + crowd)
 
     def _forward(self) -> None:
         now = self.machine.now
-        self.done = self.done + (now - self.since) * self.rate(len(self.busy)) if self.busy else 0.0
+        for lane in self.lanes.values():
+            lane.done = lane.done + (now - self.since) * self.rate(lane.crowding) if lane.busy else 0.0
         self.since = now
 
-    def work(self, fiber: Fiber, seconds: float) -> None:
-        """Let it be resumed when it has done so much."""
+    def work(self, fiber: Fiber, seconds: float, crowding: float) -> None:
+        """Let it be resumed when it has done so much, which all cores at work slow by ``crowding``."""
         self._forward()
-        heapq.heappush(self.busy, (self.done + seconds, next(self.machine.numbers), fiber))
+        lane = self.lanes.setdefault(crowding, Lane(crowding))
+        heapq.heappush(lane.busy, (lane.done + seconds, next(self.machine.numbers), fiber))
+        self.busy += 1
         self._replan()
 
     def _replan(self) -> None:
         self.plan += 1
         if self.busy:
-            ahead = max(0.0, self.busy[0][0] - self.done) / self.rate(len(self.busy))
-            self.machine.at(self.machine.now + ahead, partial(self._finish, self.plan))
+            ahead, _, lane = min((lane.ahead / self.rate(lane.crowding), lane.busy[0][1], lane)
+                                 for lane in self.lanes.values() if lane.busy)
+            self.machine.at(self.machine.now + ahead, partial(self._finish, self.plan, lane))
 
-    def _finish(self, plan: int) -> Fiber | None:
+    def _finish(self, plan: int, lane: Lane) -> Fiber | None:
         if plan != self.plan:
             return None  # others came since
         self._forward()
-        self.done, _, fiber = heapq.heappop(self.busy)
+        lane.done, _, fiber = heapq.heappop(lane.busy)
+        self.busy -= 1
         self._replan()
         return fiber
+
+
+class Lane:
+    """Works on a node that others slow equally.
+
+    ``done`` is what one that has been busy all the time has got so far; work ends when ``done`` reaches what it was at
+    its begin and the work itself.
+    """
+
+    def __init__(self, crowding: float) -> None:
+        self.crowding = crowding
+        self.done = 0.0
+        self.busy: list[tuple[float, int, Fiber]] = []
+
+    @property
+    def ahead(self) -> float:
+        """What its next to end has still to do."""
+        return max(0.0, self.busy[0][0] - self.done)
 
 
 class Pause(Backoff):
@@ -180,7 +204,7 @@ class Machine:
         self.numbers = itertools.count()  # of events, so that those of one time have an order
         self.events: list[tuple[float, int, Callable[[], Fiber | None]]] = []
         per_node = costs.node or ranks
-        self.nodes = [Node(self, costs.cores or per_node, costs.crowding) for _ in range(-(-ranks // per_node))]
+        self.nodes = [Node(self, costs.cores or per_node) for _ in range(-(-ranks // per_node))]
         self.ranks = [Rank(i, self.nodes[i // per_node]) for i in range(ranks)]
         self.factors = [*costs.slow, *[1.0] * ranks][:ranks]
         self.running: Fiber
@@ -283,17 +307,22 @@ class Machine:
             self.wake(fiber)
         self.at(self.now + BEAT, self._beat)
 
-    def work(self, seconds: float) -> None:
-        """The running fiber's time goes on by so much work of its own, on its node's cores."""
+    def work(self, seconds: float, crowding: float | None = None) -> None:
+        """The running fiber's time goes on by so much work of its own, on its node's cores.
+
+        All of them at work slow it by ``crowding``; default: that of the costs.
+        """
         rank = self.running.rank
         seconds *= self.factors[rank.number]
         if self.costs.jitter and seconds:
-            z = normals(np.empty((1, 2), np.float32), seed=self.seed, update=rank.pieces % 2**32,
+            steady = self.costs.steady
+            stretch = int(self.now / steady) if steady else rank.pieces
+            z = normals(np.empty((1, 2), np.float32), seed=self.seed, update=stretch % 2**32,
                         site=site(Purpose.JITTER), row=rank.number)
             seconds *= math.exp(self.costs.jitter * float(z[0, 0]))
             rank.pieces += 1
         if seconds:
-            rank.node.work(self.running, seconds)
+            rank.node.work(self.running, seconds, self.costs.crowding if crowding is None else crowding)
             self.give_up()
 
     def carry(self, source: Node, to: Node, nbytes: int, begin: float) -> float:

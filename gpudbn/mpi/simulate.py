@@ -173,5 +173,6 @@ class _Timed(Training):
         self._inside = True
         result = method(*arguments, **more)
         self._inside = False
-        self.wire.compute(self.wire.machine.costs.phases[self.index].seconds(name, count))
+        costs = self.wire.machine.costs.phases[self.index]
+        self.wire.compute(costs.seconds(name, count), costs.crowding)
         return result

@@ -424,9 +424,9 @@ class VirtualWire(Wire):
     def check(self, rank: int) -> None:
         """Ranks do not die here."""
 
-    def compute(self, seconds: float) -> None:
-        """Own work that takes so long on a core of its own."""
-        self.machine.work(seconds)
+    def compute(self, seconds: float, crowding: float | None = None) -> None:
+        """Own work that takes so long on a core of its own; see ``Machine.work``."""
+        self.machine.work(seconds, crowding)
 
     def worker(self) -> Worker:
         return Worker(self.machine, self.comm.me)

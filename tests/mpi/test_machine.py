@@ -84,6 +84,44 @@ def check_cores():
     assert_close(times(Costs(node=1, cores=1, **FREE), work(1.0), work(2.0)), [1.0, 2.0], atol=1e-9)
 
 
+def check_crowding():
+    """Each kind of work on three cores is slowed by its own share: at two of three busy cores by half of it."""
+    def work(seconds, crowding=None, then=0.0):
+        def program(wire, _):
+            wire.compute(seconds, crowding)
+            wire.compute(then, 0.25)
+        return program
+
+    costs = Costs(cores=3, crowding=0.5, **FREE)
+    # until 1.5 s all three are at work, at rates 1 / 1.5, 1 / 1.2 and 1; then two; the last alone
+    assert_close(times(costs, work(1.0), work(3.0, 0.2), work(9.0, 0.0)), [1.5, 1.5 + (3 - 1.25) * 1.1, 9.0], atol=1e-9)
+    # one goes on with another kind of work: until 1.44 s rates are 1 / 1.2 and 1, then 1 / 1.2 and 1 / 1.25
+    costs = Costs(cores=2, crowding=0.2, **FREE)
+    assert_close(times(costs, work(3.0), work(1.2, 0.0, then=0.4)), [1.7 + 3 - 1.7 / 1.2, 1.7], atol=1e-9)
+    # four on two cores: half a core each; then three, then two; the last alone
+    four = [work(1.0, crowding) for crowding in (0.0, 0.1, 0.2, 0.3)]
+    assert_close(times(Costs(cores=2, **FREE), *four), [2.0, 2.15, 2.25, 2.25 + 0.1 / 1.3], atol=1e-9)
+
+
+def check_jitter():
+    """Works of 1 s: those that begin in the same 5 s on the same rank take equally long; or else each its own time."""
+    def rank(wire):
+        begun = [wire.clock()]
+        for _ in range(12):
+            wire.compute(1.0)
+            begun.append(wire.clock())
+        return list(zip(np.floor(np.array(begun[:-1]) / 5), np.diff(begun).round(9), strict=True))
+
+    def found(**costs):
+        return [(number, *work) for number, works in enumerate(run(Machine(2, Costs(**costs)), rank)) for work in works]
+
+    assert {took for _, _, took in found()} == {1.0}
+    steady = found(jitter=0.05, steady=5.0)
+    assert len(set(steady)) == len({(number, stretch) for number, stretch, _ in steady}) >= 6
+    assert len({took for _, _, took in steady}) == len(set(steady))
+    assert len({took for _, _, took in found(jitter=0.05)}) == 24
+
+
 def check_straggler():
     def work(wire, _):
         wire.compute(0.5)
@@ -118,8 +156,14 @@ def check_messages(late=0.0):
     (check_queue, machine_module, "if nbytes <= PACKET:", "if False:"),
     (check_two_servers_do_not_queue, machine_module, "end = max(begin, source.sending, to.receiving)",
      "end = max(begin, *(node.sending for node in self.nodes))"),
-    (check_cores, machine_module, "return min(1.0, self.cores / busy) / (1 + crowd)", "return 1.0"),
+    (check_cores, machine_module, "return min(1.0, self.cores / self.busy) / (1 + crowd)", "return 1.0"),
     (check_cores, machine_module, "return None  # others came since", "pass"),
+    (check_crowding, machine_module, "(now - self.since) * self.rate(lane.crowding)",
+     "(now - self.since) * self.rate(max(self.lanes))"),
+    (check_crowding, machine_module, "ahead, _, lane = min(", "ahead, _, lane = max("),
+    (check_crowding, machine_module, "self.costs.crowding if crowding is None else crowding", "crowding or 0.0"),
+    (check_jitter, machine_module, "int(self.now / steady) if steady else rank.pieces", "rank.pieces"),
+    (check_jitter, machine_module, "int(self.now / steady) if steady else rank.pieces", "0"),
     (check_straggler, machine_module, "seconds *= self.factors[rank.number]", "pass"),
     (check_messages, virtual, "if receive.fits(self.rank, tag):", "if True:"),
     (partial(check_messages, late=0.2), virtual, "if receive.fits(*message[:2]):", "if True:"),

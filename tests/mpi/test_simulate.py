@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,10 +99,24 @@ def check_synchronous_seconds():
     assert found.records[0]["seconds"] >= round(layer, 3)
 
 
+def check_crowded_seconds():
+    """Two replicas on two cores, 26 rows each, in 4 updates of 8 at most or 3 of 10; then one measures 52 rows, the
+    other 10. Each phase is slowed by its own crowding, or else by that of the costs."""
+    free = dict.fromkeys(("copy", "message", "apply", "exchange"), Hop(0.0, np.inf)) | {"oversleep": 0.0}
+    long = Compute(update=(0.2, 0.01), sums=(0.1, 0.01), step=(0.05, 0.0), measure=(0.0, 1e-3))
+    phases = (replace(long, crowding=0.25), long, replace(long, crowding=0.0))
+    found = simulate(small_settings(mode="local", epochs=1, finetune_epochs=1), small_data(72), replicas=2,
+                     costs=Costs(phases=phases, crowding=0.5, cores=2, **free))
+    ends = [r["seconds"] for r in found.records[:3]]
+    layers = [(4 * 0.2 + 0.26) * (1 + slower) + 0.052 + 0.01 * slower for slower in (0.25, 0.5)]
+    assert_close(np.diff(ends, prepend=0.0), [*layers, 3 * 0.2 + 0.26 + 0.052], atol=9e-3)  # pauses of 1 ms at most
+
+
 @pytest.mark.parametrize(("check", "line", "fault"), [
     (check_seconds, "self._inside = True", "pass"),
     (check_seconds, "len(rows if name", "len(rows[:1] if name"),
     (check_synchronous_seconds, 'rows if name == "step"', '99 if name == "sums"'),
+    (check_crowded_seconds, "costs.crowding)", "None)"),
 ])
 def test_seconds_are_those_of_the_costs(check, line, fault):
     assert_notices(check, simulate_module, line, fault)
@@ -193,7 +209,8 @@ def test_errors_of_ranks_come_out():
 
 
 def test_costs_are_written_and_read(tmp_path):
-    costs = Costs(**COSTS, network=Hop(1e-6, 2.5e9), node=8, cores=16, crowding=0.125, slow=(1.0, 2.5))
+    crowded = Compute(update=(2e-3, 1e-4), sums=(1e-3, 1e-4), step=(5e-4, 0.0), measure=(0.0, 1e-5), crowding=0.75)
+    costs = Costs(phases=(LAYER, crowded), network=Hop(1e-6, 2.5e9), node=8, cores=16, crowding=0.125, slow=(1.0, 2.5))
     file = tmp_path / "costs.toml"
     file.write_text(costs.to_toml())
     assert Costs.read(file)[0] == costs
@@ -208,6 +225,8 @@ def test_costs_are_written_and_read(tmp_path):
     ("network = {latency = 1}", "bandwidth"),
     ("phases = [{update = [1, 2]}]", "missing"),
     ("phases = [{update = 1}]", "must hold costs"),
+    ("phases = [{update = [1, 2], sums = [1, 2], step = [1, 2], measure = [1]}]", "must hold costs"),
+    ("phases = [{update = [1, 2], crowding = [1]}]", "number from 0 on"),
     ("node = ", "must be TOML"),
 ])
 def test_costs_that_are_none_are_refused(text, message, tmp_path):
@@ -268,49 +287,144 @@ def test_a_line_through_two_measurements():
     assert calibrate.line((8, 2.0), (8, 2.0)) == (2.0, 0.0)
 
 
-def test_spread_is_that_of_a_normal_logarithm():
-    times = np.exp(0.3 * np.random.default_rng(1).standard_normal(4000) - 5)
-    times[:40] *= 50  # disturbed
-    assert calibrate.spread(times.tolist()) == pytest.approx(0.3, rel=0.1)
+def test_how_far_cores_are_apart_is_not_what_slows_them_all():
+    random = np.random.default_rng(1)
+    slots = np.exp(0.3 * random.standard_normal((2000, 3)) + random.standard_normal((2000, 1)))
+    assert calibrate.apart(slots.tolist()) == pytest.approx(0.3, rel=0.05)
 
 
-def test_calibration_measures_the_phases_of_the_run(monkeypatch):
-    monkeypatch.setattr(calibrate, "SECONDS", 0)
-    found = calibrate.compute(small_settings(data="digits", batch=200))
-    phases = tuple(Compute(**phase) for phase in found["phases"])
-    assert 0 <= found["jitter"] < 2
-    assert len(phases) == 3
-    for phase in phases:
+def test_a_bench_times_the_phases_of_the_run(monkeypatch):
+    monkeypatch.setattr(calibrate, "SLOT", 0)
+    bench = calibrate.Bench(small_settings(data="digits", batch=200))
+    assert bench.training.phases == 3
+    for index, batch in ((0, 200), (1, 200), (2, 10), (0, 200)):
+        for what, part in calibrate.ASKED:
+            found = bench.times(index, what, part)
+            assert found.rows == (250 if what == "measure" else batch) // part
+            assert 0 < found.seconds < 1
+            assert 0 < found.share < 1.1
+
+
+def test_a_bench_for_a_batch_optimiser(monkeypatch):
+    monkeypatch.setattr(calibrate, "SLOT", 0)
+    bench = calibrate.Bench(small_settings(data="digits", layers=(5,), optimiser="cg", finetune_batch=5000))
+    assert 0 < bench.times(1, "sums", 1).seconds < 1
+
+
+class Invented(calibrate.Crew):
+    """Two processes whose costs are known. Fine-tuning at the same time, the second takes twice as long, and in every
+    second slot twice again, both."""
+
+    def __init__(self):
+        super().__init__(0, "")
+        self.size, self.phases, self.asked = 2, 2, []
+
+    def ask(self, count, phase, what, part):
+        self.asked.append((count, phase, what, part))
+        rows = (250 if what == "measure" else 100 + 20 * phase) // part
+        seconds = (LAYER, TUNING)[phase].seconds(what, rows)
+        burst = 2 if count > 1 and phase and self.asked.count(self.asked[-1]) % 2 else 1
+        return [calibrate.Measured(rows, seconds * (1 + number * phase) * burst, 1.0) for number in range(count)]
+
+
+def check_found():
+    """Of work of 1, 2, 2 and 4 s each gets a second in turn done: 1 + 1/2 + 1/2 + 1/4 in 4, that is 16/9 s for one."""
+    crew = Invented()
+    for _ in range(2):
+        crew.measure(0.0)
+    found = crew.found()
+    for phase, costs, slower in zip(found["phases"], (LAYER, TUNING), (0.0, 16 / 9 - 1), strict=True):
         for what in ("update", "sums", "step", "measure"):
-            assert 0 < phase.seconds(what, 200) < 1
+            assert_close(getattr(phase, what), getattr(costs, what), atol=1e-9)
+        assert phase.crowding == pytest.approx(slower)
+    assert found["crowding"] == pytest.approx(3.5 / 9)
+    assert found["jitter"] == pytest.approx(np.log(2) / 2)  # half of the pairs are apart by log 2
+    assert {count for count, _, what, _ in crew.asked if what != "update"} == {1}
 
 
-def test_calibration_for_a_batch_optimiser(monkeypatch):
-    monkeypatch.setattr(calibrate, "SECONDS", 0)
-    found = calibrate.compute(small_settings(data="digits", layers=(5,), optimiser="cg", finetune_batch=5000))
-    sums = Compute(**found["phases"][1]).sums
-    assert 0 < sums[0] + 100 * sums[1] < 1
+@pytest.mark.parametrize(("line", "fault"), [
+    ("statistics.harmonic_mean(one.seconds for one in slots)", "statistics.fmean(one.seconds for one in slots)"),
+    ("itertools.chain(*self._together[index])", "(slot[0] for slot in self._together[index])"),
+    ('update=line(points["update", 4]', 'update=line(points["sums", 4]'),
+    ("statistics.variance(map(math.log, slot))", "statistics.pvariance(map(math.log, slot))"),
+])
+def test_what_a_crew_finds(line, fault):
+    assert_notices(check_found, calibrate, line, fault)
+
+
+def test_one_core_has_no_crowd():
+    crew = Invented()
+    crew.size = 1
+    crew.measure(0.0)
+    found = crew.found()
+    assert found["jitter"] == found["crowding"] == 0.0
+
+
+def test_a_crew_answers_alone_and_together(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(small_settings(data="digits", threads=1).to_toml())
+    with calibrate.Crew(2, file) as crew:
+        assert crew.phases == 3
+        (alone,) = crew.ask(1, 0, "update", 4)
+        assert alone.rows == 2
+        assert len(crew.ask(2, 2, "step", 1)) == 2
+
+
+def test_a_crew_asks_again_where_others_are_at_work(monkeypatch):
+    """Shares of a core that the second of two has, one time after another."""
+    shares = [0.5, 0.9, 0.97, 0.99]
+    crew = calibrate.Crew.__new__(calibrate.Crew)
+    crew._running = [SimpleNamespace(stdin=SimpleNamespace(write=len, flush=list))] * 2
+    monkeypatch.setattr(crew, "_answers", lambda _: [[100, 1.0, 1.0], [100, 2.0, shares.pop(0)]])
+    assert [one.share for one in crew.ask(2, 0, "update", 1)] == [1.0, 0.97]
+    shares[:] = [0.5] * calibrate.TRIES
+    assert crew.ask(2, 0, "update", 1)[1].share == 0.5
+    assert shares == []
+
+
+def test_a_crew_that_fails_says_so(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(small_settings(data=str(tmp_path / "none")).to_toml())
+    with pytest.raises(UserError, match=r"calibration: must be able to run; got .*none"), calibrate.Crew(2, file):
+        pass
 
 
 def test_calibration_leaves_what_is_known(monkeypatch):
     asked = []
 
-    def all_at_once(starts, what, settings):
-        asked.append((what, len(starts), Settings(**from_toml(settings)).layers))
-        if what == "compute":
-            return [{"phases": [vars(LAYER)] * 3, "jitter": 0.1}] * len(starts)
-        return [{"copy": [1e-6, 1e9]}]
+    class Empty:
+        def __init__(self, size, settings):
+            asked.append((size, Settings(**from_toml(settings)).layers))
 
-    monkeypatch.setattr(calibrate, "_all_at_once", all_at_once)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def measure(self, seconds):
+            asked.append(seconds)
+
+        def found(self):
+            return {"phases": phases, "crowding": 0.5, "jitter": 0.1, "steady": 0.25}
+
+    phases = (replace(LAYER, crowding=0.5),) * 3
+    monkeypatch.setattr(calibrate, "Crew", Empty)
+    monkeypatch.setattr(calibrate, "PARTS", 2)
+    monkeypatch.setattr(calibrate, "_job", lambda mpirun, _: asked.append(mpirun) or {
+        "copy": [len(asked) * 1e-6, len(asked) * 1e9]})
     monkeypatch.setattr(calibrate, "_mpirun", lambda: "mpirun")
     monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: {0, 1, 2})
     found = calibrate.calibrate(small_settings(), Costs(node=7, cores=5), known=("cores",))
-    assert asked == [("compute", 1, (11, 7)), ("compute", 3, (11, 7)), ("job", 1, (11, 7))]
-    assert (found.cores, found.node, found.copy, found.phases) == (5, 7, Hop(1e-6, 1e9), (LAYER,) * 3)
-    assert found.crowding == pytest.approx(0)
-    assert found.jitter == 0.1
+    assert asked == [(3, (11, 7)), *[calibrate.SECONDS / 2, "mpirun"] * 2]  # jobs are the third and the fifth
+    assert (found.cores, found.node, found.phases) == (5, 7, phases)
+    assert found.copy.seconds(0) == pytest.approx(4e-6)
+    assert found.copy.seconds(15e9) == pytest.approx((3e-6 + 5 + 5e-6 + 3) / 2)
+    assert (found.crowding, found.jitter, found.steady) == (0.5, 0.1, 0.25)
+    found = calibrate.calibrate(small_settings(), Costs(crowding=0.25), known=("crowding",))
+    assert (found.crowding, found.phases) == (0.25, (LAYER,) * 3)
     asked.clear()
-    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "jitter")
+    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "jitter", "steady")
     assert calibrate.calibrate(small_settings(), found, known=(*names, "cores", "oversleep")) == found
     assert asked == []
 
@@ -319,7 +433,7 @@ def test_calibration_leaves_what_is_known(monkeypatch):
 def test_calibration_runs_a_server_and_a_replica(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text(small_settings(data="digits", layers=(200,)).to_toml())
-    done = job.finish(job.start(2, "-m", "gpudbn.mpi.calibrate", "job", file, 0))
+    done = job.finish(job.start(2, "-m", "gpudbn.mpi.calibrate", "job", file))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"copy", "message", "apply", "publish", "exchange"}
