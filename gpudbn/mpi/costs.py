@@ -66,6 +66,8 @@ class Costs:
         exchange; bytes are those of the parameters.
     node : int
         Ranks of a node, in order; 0: all are on one.
+    extra : int
+        Ranks that the first node has beside those, the first ones: servers for which no worker makes room.
     cores : int
         Of a node; 0: one for each of its ranks.
     crowding : float
@@ -88,6 +90,7 @@ class Costs:
     publish: Hop = Hop(20e-6, 10e9)
     exchange: Hop = Hop(50e-6, 2e9)
     node: int = 0
+    extra: int = 0
     cores: int = 0
     crowding: float = 0.0
     oversleep: float = 60e-6

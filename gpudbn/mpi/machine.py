@@ -204,8 +204,9 @@ class Machine:
         self.numbers = itertools.count()  # of events, so that those of one time have an order
         self.events: list[tuple[float, int, Callable[[], Fiber | None]]] = []
         per_node = costs.node or ranks
-        self.nodes = [Node(self, costs.cores or per_node) for _ in range(-(-ranks // per_node))]
-        self.ranks = [Rank(i, self.nodes[i // per_node]) for i in range(ranks)]
+        places = [max(0, i - costs.extra) // per_node for i in range(ranks)]
+        self.nodes = [Node(self, costs.cores or per_node + (0 if i else costs.extra)) for i in range(places[-1] + 1)]
+        self.ranks = [Rank(i, self.nodes[place]) for i, place in enumerate(places)]
         self.factors = [*costs.slow, *[1.0] * ranks][:ranks]
         self.running: Fiber
         self._alive: dict[Fiber, None] = {}  # in order

@@ -82,6 +82,10 @@ def check_cores():
     # both cores at work: a quarter slower
     assert_close(times(Costs(cores=2, crowding=0.25, **FREE), work(1.0), work(2.0)), [1.25, 2.25], atol=1e-9)
     assert_close(times(Costs(node=1, cores=1, **FREE), work(1.0), work(2.0)), [1.0, 2.0], atol=1e-9)
+    # the first node has one rank more than the others
+    assert_close(times(Costs(node=1, extra=1, cores=1, **FREE), work(1.0), work(2.0), work(3.0)), [2.0, 3.0, 3.0],
+                 atol=1e-9)
+    assert_close(times(Costs(node=1, extra=1, **FREE), work(1.0), work(2.0), work(3.0)), [1.0, 2.0, 3.0], atol=1e-9)
 
 
 def check_crowding():
