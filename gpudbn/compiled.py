@@ -1,8 +1,12 @@
-"""Draws as machine code where numba is installed: the same bits as by randomgen, in a seventh of the time.
+"""Draws and step rules as machine code where numba is installed: the same bits as by randomgen and NumPy, sooner.
 
     pip install 'gpudbn[fast]'
 
-numba compiles at the first use, in about two seconds, and keeps what it compiled for later processes where it can.
+Draws take a seventh of the time, and a step is one pass over memory, not three to fourteen. Every operation is rounded
+as NumPy rounds it and stands in the same order, and none is contracted into another: so with and without numba a run
+has the same bits. numba compiles at the first use, in seconds, and keeps that for later processes where it can.
+
+The sources of steps: ``reference.momentum_step`` and its neighbours, without ``scale`` and what it is multiplied with.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-SIGNATURE = "void(float32[::1], uint64, uint64, uint64, uint64, uint64)"
+MANY = 1 << 13  # entries that are worth machine code
 
 
 def fill(out, index, update, site, k0, k1):
@@ -42,15 +46,61 @@ def fill(out, index, update, site, k0, k1):
             out[4 * block + j] = np.float32(word >> np.uint64(8)) * unit
 
 
+def momentum(p, u, g, scale, keep, decay):
+    """u <- keep u + scale g - decay p;  p <- p + u. Arrays (size,), float32; numbers float32."""
+    for i in range(p.size):
+        t = u[i] * keep + g[i] * scale
+        u[i] = t - p[i] * decay if decay else t  # 0 times infinity is NaN
+        p[i] += u[i]
+
+
+def sgd(p, g, rate, shrink):
+    """p <- shrink p + rate g. Arrays (size,), float32; numbers float32."""
+    for i in range(p.size):
+        p[i] = p[i] * shrink + g[i] * rate
+
+
+def adagrad(p, q, g, scale, eps, rate, shrink):
+    """q <- q + (scale g)^2;  p <- shrink p + rate scale g / (sqrt(q) + eps).
+
+    Arrays (size,), float32; numbers float32.
+    """
+    for i in range(p.size):
+        x = g[i] * scale
+        q[i] += x * x
+        p[i] = p[i] * shrink + x / (np.sqrt(q[i]) + eps) * rate
+
+
+def adam(p, m, s, g, scale, a1, a2, eps, rate, shrink):
+    """m <- m + a1 (scale g - m);  s <- s + a2 ((scale g)^2 - s);  p <- shrink p + rate m / (sqrt(s) + eps).
+
+    Arrays (size,), float32; numbers float32.
+    """
+    for i in range(p.size):
+        x = g[i] * scale
+        m[i] += (x - m[i]) * a1
+        s[i] += (x * x - s[i]) * a2
+        p[i] = p[i] * shrink + m[i] / (np.sqrt(s[i]) + eps) * rate
+
+
+def _signature(arrays: int, numbers: int, kind: str = "float32") -> str:
+    return f"void({', '.join(['float32[::1]'] * arrays + [kind] * numbers)})"
+
+
+SIGNATURES = {fill: _signature(1, 5, "uint64"), momentum: _signature(3, 3), sgd: _signature(2, 2),
+              adagrad: _signature(3, 4), adam: _signature(4, 6)}
+
+
 @cache
-def quick() -> Callable[..., Any] | None:
-    """``fill`` as machine code; None without numba, or where it is told not to compile."""
+def quick(function: Callable[..., None]) -> Callable[..., Any] | None:
+    """A function of this file as machine code; None without numba, or where it is told not to compile."""
     try:
         from numba import config, njit
     except ImportError:  # or it does not take this NumPy
         return None
     if config.DISABLE_JIT:
         return None
+    how = {"nogil": True, "error_model": "numpy"}  # what is divided by 0 is infinite, or NaN
     with suppress(RuntimeError):  # there is nowhere to keep it
-        return njit(SIGNATURE, cache=True, nogil=True)(fill)
-    return njit(SIGNATURE, nogil=True)(fill)
+        return njit(SIGNATURES[function], cache=True, **how)(function)
+    return njit(SIGNATURES[function], **how)(function)

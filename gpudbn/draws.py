@@ -29,7 +29,6 @@ from randomgen import Philox
 from gpudbn import compiled
 
 _LOW = 0xFFFFFFFF
-MANY = 1 << 13  # draws that are worth machine code
 
 
 class Purpose(IntEnum):
@@ -146,7 +145,7 @@ def uniforms(out, *, seed, update, site, row=0, column=0, columns=None, clock=No
         raise ValueError(f"uniforms: column + {m} must be at most columns; got {column} of {columns}")
     blocks = -(-columns // 4)
     whole_blocks = column == 0 and m == columns == 4 * blocks and out.flags.c_contiguous
-    fill = compiled.quick() if whole_blocks and out.size >= MANY else None
+    fill = compiled.quick(compiled.fill) if whole_blocks and out.size >= compiled.MANY else None
     if fill is not None:
         _check(seed, update, site, row * blocks, rows * blocks)
         fill(out.reshape(-1), np.uint64(row * blocks), update, site, np.uint64(seed & _LOW), np.uint64(seed >> 32))

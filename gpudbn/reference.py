@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpudbn import exact
+from gpudbn import compiled, exact
 from gpudbn.draws import Purpose, normals, site, uniforms
 from gpudbn.precision import BLOCK, BLOCKS, bf16, bf16_parts, check_precision, from_bf16, round_to_bf16, tf32
 from gpudbn.scratch import PIECE, Scratch
@@ -314,6 +314,9 @@ def momentum_step(parameters, velocity, gradient, *, weights, scale, rate, momen
     Hinton (2012), sections 9 and 10: L2 decay is multiplied by the learning rate.
     """
     rate_scale, momentum, rate_decay = (rate * scale, momentum, rate * decay) if rates is None else rates
+    if _in_one_pass(compiled.momentum, weights, (parameters, velocity, gradient), (rate_scale, momentum),
+                    rate_decay, 0):
+        return
     for decaying, t, p, u, g in _pieces(weights, parameters, velocity, gradient):
         np.multiply(u, np.float32(momentum), out=u)
         np.multiply(g, np.float32(rate_scale), out=t)
@@ -338,6 +341,8 @@ def sgd_step(parameters, gradient, *, weights, scale, rate, decay, rates=None):
         What ``decoupled`` gives, which then counts instead of scale, rate and decay.
     """
     scale, rate, shrink = decoupled(scale, rate, decay) if rates is None else rates
+    if _in_one_pass(compiled.sgd, weights, (parameters, gradient), (rate * scale,), shrink, 1):
+        return
     for decaying, t, p, g in _pieces(weights, parameters, gradient):
         np.multiply(g, np.float32(rate * scale), out=t)
         _shrink(p[:decaying], shrink)
@@ -365,6 +370,8 @@ def adagrad_step(parameters, squares, gradient, *, weights, scale, rate, decay, 
     Dean et al., "Large scale distributed deep networks" (2012), section 4.1.
     """
     scale, rate, shrink = decoupled(scale, rate, decay) if rates is None else rates
+    if _in_one_pass(compiled.adagrad, weights, (parameters, squares, gradient), (scale, eps, rate), shrink, 1):
+        return
     for decaying, step, p, q, g in _pieces(weights, parameters, squares, gradient):
         if scale != 1:
             g = np.multiply(g, np.float32(scale), out=_scratch.get("scaled", p.shape))
@@ -406,6 +413,9 @@ def adam_step(parameters, mean, square, gradient, *, weights, scale, rate, decay
     Hutter, "Decoupled weight decay regularization" (2019).
     """
     scale, rate, shrink = adam_rates(scale, rate, decay, steps, b1, b2) if rates is None else rates
+    if _in_one_pass(compiled.adam, weights, (parameters, mean, square, gradient), (scale, 1 - b1, 1 - b2, eps, rate),
+                    shrink, 1):
+        return
     for decaying, t, p, m, s, g in _pieces(weights, parameters, mean, square, gradient):
         # m += (1 - b1) (scale g - m): one pass fewer than the formula above
         np.multiply(g, np.float32(scale), out=g)
@@ -432,6 +442,20 @@ def decoupled(scale, rate, decay):
 def adam_rates(scale, rate, decay, steps, b1=0.9, b2=0.999):
     """(scale, rate sqrt(1 - b2^steps) / (1 - b1^steps), 1 - rate decay): the numbers of an Adam step."""
     return scale, rate * np.sqrt(1 - b2**steps) / (1 - b1**steps), 1 - rate * decay
+
+
+def _in_one_pass(step, weights, arrays, numbers, of_weights, of_biases):
+    """Take a step as machine code, the same bits in one pass over memory, if there is any; whether it was taken.
+
+    The last number of ``step`` is ``of_weights`` for the first ``weights`` entries and ``of_biases`` for the others.
+    """
+    many = arrays[0].size >= compiled.MANY and all(array.flags.carray for array in arrays)
+    quick = compiled.quick(step) if many else None
+    if quick is None:
+        return False
+    for part, last in ((slice(weights), of_weights), (slice(weights, None), of_biases)):
+        quick(*(array[part] for array in arrays), *map(np.float32, (*numbers, last)))
+    return True
 
 
 def _pieces(weights, *arrays):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from gpudbn import arrays
+from gpudbn import arrays, compiled
 
 os.environ["GPUDBN_PATHS"] = ""  # what a test times is not kept for the user
 pytest_plugins = ["tests.cuda.report"]
@@ -49,3 +49,9 @@ def pytest_collection_modifyitems(config, items):
         for marker, why in missing.items():
             if why and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture
+def by_numpy(monkeypatch):
+    """No machine code, even where numba is: for tests of what it is a twin of."""
+    monkeypatch.setattr(compiled, "quick", lambda _: None)

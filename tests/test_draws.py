@@ -355,15 +355,15 @@ def check_compiled(monkeypatch, fill):
     """Many draws, and those of others that the next lines do not compile, are what the formula says."""
     made = []
 
-    def quick():
-        made.append(1)
+    def quick(function):
+        made.append(function)
         return fill
 
     monkeypatch.setattr(draws.compiled, "quick", quick)
-    monkeypatch.setattr(draws, "MANY", 24)
+    monkeypatch.setattr(draws.compiled, "MANY", 24)
     for rows, m, row in ((3, 8, 2**31), (6, 4, 0), (1, 28, 2**61)):
         check_uniforms(rows, m, row, 0, m)
-    assert len(made) == 3
+    assert made == [draws.compiled.fill] * 3
     check_uniforms(5, 3, 0, 0, 3)  # rows end within a block
     check_uniforms(2, 8, 0, 0, 8)  # too few
     assert len(made) == 3
@@ -393,17 +393,17 @@ def test_a_wrong_address_of_machine_code_is_noticed(monkeypatch, line, fault):
 
 
 def test_machine_code_refuses_addresses_as_all_draws_do(monkeypatch):
-    monkeypatch.setattr(draws.compiled, "quick", lambda: draws.compiled.fill)
-    out = np.empty((draws.MANY // 4, 4), np.float32)
+    monkeypatch.setattr(draws.compiled, "quick", lambda function: function)
+    out = np.empty((draws.compiled.MANY // 4, 4), np.float32)
     with pytest.raises(ValueError, match=r"got seed 1, index 18446744073709551615"):
         draws.uniforms(out, seed=1, update=0, site=0, row=2**64 - 1)
 
 
 def fake_numba(*, jit=True, keeps=True):
     """A numba that leaves functions as they are."""
-    def njit(signature, *, cache=False, nogil):
-        assert signature == draws.compiled.SIGNATURE
-        assert nogil
+    def njit(signature, *, cache=False, nogil, error_model):
+        assert signature == "void(float32[::1], uint64, uint64, uint64, uint64, uint64)"
+        assert (nogil, error_model) == (True, "numpy")
 
         def compile_(function):
             if cache and not keeps:
@@ -418,9 +418,9 @@ def fake_numba(*, jit=True, keeps=True):
     (fake_numba(), True), (fake_numba(keeps=False), True), (fake_numba(jit=False), False), (None, False)])
 def test_machine_code_is_made_where_numba_can(monkeypatch, numba, found):
     monkeypatch.setitem(sys.modules, "numba", numba)  # None: cannot be imported
-    assert draws.compiled.quick.__wrapped__() is (draws.compiled.fill if found else None)
+    assert draws.compiled.quick.__wrapped__(draws.compiled.fill) is (draws.compiled.fill if found else None)
 
 
 def test_numba_makes_the_same_draws(monkeypatch):
     pytest.importorskip("numba")
-    check_compiled(monkeypatch, draws.compiled.quick.__wrapped__())
+    check_compiled(monkeypatch, draws.compiled.quick.__wrapped__(draws.compiled.fill))

@@ -14,6 +14,7 @@ from gpudbn.reference import PIECE
 
 from .helpers import assert_close, assert_notices
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
 SCALE = 1 / 7
 RATES = (0.1, 0.05, 0.05, 0.02, 0.1, 0.1, 0.01, 0.03, 0.03, 0.2)
 

@@ -13,6 +13,7 @@ from gpudbn.reference import PIECE
 
 from .helpers import assert_close, assert_notices
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
 ADDRESS = {"seed": 2**40 + 3, "update": 17, "site": site(Purpose.CD, 2, 5), "row": 2**32 + 1}
 
 
