@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -95,33 +96,35 @@ def ours(layer: Layer, **options: Any) -> Timed:
         begun, measured = time.perf_counter(), measuring
 
 
-def products(layer: Layer) -> Epochs:
+def products(layer: Layer, package: str = "numpy") -> Epochs:
     """Three half-steps and both gradients of each batch: their matrix products and nothing else."""
     n, m, B = layer.rows.shape[1], layer.m, layer.B
-    step = cd_products(n, m, B, 1, together=False)
+    step = cd_products(n, m, B, 1, together=False, xp=importlib.import_module(package))
     while True:
         for _ in range(len(layer.rows) // B):
             step()
         yield None
 
 
-def cd_products(n: int, m: int, B: int, k: int, *, together: bool) -> Callable[[], None]:
-    """The products of a CD-k update, NumPy; those of the gradient as one of twice as many rows, or as two."""
+def cd_products(n: int, m: int, B: int, k: int, *, together: bool, xp: Any = np) -> Callable[[], None]:
+    """The products of a CD-k update, by NumPy or PyTorch; those of the gradient as one of twice the rows, or as two."""
     rng = np.random.default_rng(1)
     v, h = rng.random((2 * B, n), np.float32), rng.random((2 * B, m), np.float32)
     W, dW = rng.standard_normal((n, m), np.float32), np.empty((n, m), np.float32)
     up, down = np.empty((B, m), np.float32), np.empty((B, n), np.float32)
+    if xp is not np:
+        v, h, W, dW, up, down = map(xp.from_numpy, (v, h, W, dW, up, down))
 
     def step() -> None:
-        np.matmul(v[:B], W, out=up)
+        xp.matmul(v[:B], W, out=up)
         for _ in range(k):
-            np.matmul(h[:B], W.T, out=down)
-            np.matmul(v[:B], W, out=up)
+            xp.matmul(h[:B], W.T, out=down)
+            xp.matmul(v[:B], W, out=up)
         if together:
-            np.matmul(v.T, h, out=dW)
+            xp.matmul(v.T, h, out=dW)
         else:
-            np.matmul(v[:B].T, h[:B], out=dW)
-            np.matmul(v[B:].T, h[B:], out=dW)
+            xp.matmul(v[:B].T, h[:B], out=dW)
+            xp.matmul(v[B:].T, h[B:], out=dW)
 
     return step
 
@@ -265,6 +268,7 @@ EPOCH = {
     "gpudbn, numba": Program(ours, needs=("numba",)),
     "gpudbn, PCD-1": Program(ours, {"method": "pcd"}),
     "five products alone": Program(products),
+    "five products alone, PyTorch": Program(products, {"package": "torch"}, ("torch",)),
     "PyTorch, by hand": Program(torch_by_hand, needs=("torch",)),
     "PyTorch, the tutorial's way": Program(torch_tutorial, needs=("torch",)),
     "scikit-learn, float32": Program(sklearn_rbm, {"dtype": "float32"}, ("sklearn",)),

@@ -92,7 +92,7 @@ def show_peers(page: Page, content: dict[str, Any]) -> None:
         page.add(f"An epoch of {layer['rows']} rows, {layer['hidden']} hidden units, batches of {layer['batch']}. "
                  "Medians (smallest to largest) over repetitions in turn, each a process of its own. *Of ours*: over "
                  "what ours took in the same repetition, so that more than 1 is slower; ours has counter-based draws, "
-                 "momentum and decay, and numba compiles the draws where it says so. *Others*: cores that other "
+                 "momentum and decay, and numba compiles draws and steps where it says so. *Others*: cores that other "
                  "processes used meanwhile, at the most.", "")
     for core_type, programs in found["epoch"].items():
         samples = itertools.chain(*content["samples"]["epoch"][core_type].values())

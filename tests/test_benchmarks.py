@@ -79,7 +79,7 @@ def test_every_program_learns(told):
     halves = float(((x - 0.5) ** 2).sum(axis=1).mean())
     samples = json.loads(told[0].read_text())["samples"]["epoch"]["unset"]
     found = {name: one["reconstruction"] for name, (one,) in samples.items() if one["reconstruction"] is not None}
-    assert set(found) == set(samples) - {"five products alone"}
+    assert set(found) == set(samples) - {"five products alone", "five products alone, PyTorch"}
     assert all(value < halves - 0.1 for value in found.values()), (found, halves)
 
 
