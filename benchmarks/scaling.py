@@ -224,7 +224,8 @@ def simulated(data: Digits, given: dict[str, Any], costs: Costs, *, workers: int
 
     settings, pretrain, finetune = prepared(data, given, workers, rows, seen, seed)
     watch, begun = Watch(data.test, targets, most, until), time.process_time()
-    found: dict[str, Any] = {"workers": workers, "rows": rows, "seen": seen, "seed": seed, "settings": given}
+    found: dict[str, Any] = {"workers": workers, "rows": rows, "seen": seen, "seed": seed, "settings": given,
+                             "targets": [accuracy(target) for target in targets]}
     try:
         run = simulate(settings, pretrain, labelled=finetune, replicas=workers, costs=costs, watch=watch)
     except NonFiniteError as error:
@@ -606,7 +607,7 @@ def measure(given: argparse.Namespace, results: Results) -> None:
         for number, part in enumerate(given.parts, 1):
             tasks = [task for task in PARTS[part](given, content) if task.name not in content.get(part, {})]
             if given.toy:
-                tasks = [task._replace(given=task.given | TINY, most=min(task.most, 40)) for task in tasks]
+                tasks = [task._replace(given=task.given | TINY, most=min(task.most, 300)) for task in tasks]
             if part == "real" or (part == "grid" and not given.simulate):
                 for task in tasks:  # with nothing beside them
                     results.add(MPIRUN, task.name, measured(task, given.data))
@@ -642,7 +643,7 @@ def costs_here(given: argparse.Namespace) -> str:
     return calibrate(Settings(**NETWORK | PLAIN | {"mode": "async", "data": given.data} | tiny)).to_toml()
 
 
-TOY = {"data": "digits", "rows": [100, 200, 2000], "workers": [2, 4], "lever_workers": [2]}
+TOY = {"data": "digits", "rows": [300, 600, 1500], "workers": [2], "lever_workers": [2]}
 TINY: dict[str, Any] = {"layers": [16]}
 
 

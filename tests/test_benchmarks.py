@@ -234,6 +234,69 @@ def test_more_rows_than_there_are_have_shifted_pictures():
     assert len(ways) > 2
 
 
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """The file of a toy run of ``benchmarks.scaling``, and what it printed."""
+    folder = tmp_path_factory.mktemp("scaling")
+    costs, out = folder / "costs.toml", folder / "scaling.json"
+    costs.write_text(TOY_COSTS.to_toml())
+    words = ["--toy", "--costs", costs, "--parts", "search", "goals", "passes", "levers", "--out", out]
+    return out, words, run("benchmarks.scaling", *words)
+
+
+def test_scaling_goes_through_all_points_and_repeats_none(scaled):
+    out, words, printed = scaled
+    content = json.loads(out.read_text())
+    assert [len(content[part]) for part in ("search", "goals", "passes", "levers")] == [3, 9, 2, 8]
+    assert len({len(one["trials"]) for one in content["search"].values()}) == 1, "as many trials for each"
+    assert all(one["seed"] == 2 for part in ("goals", "levers") for one in content[part].values())
+    assert printed.count(" left") == 22
+    assert "begun anew" not in printed
+    again = run("benchmarks.scaling", *words)
+    assert "goes on" in again
+    assert " left" not in again
+    assert json.loads(out.read_text()) == content
+
+
+def test_scaling_is_shown(scaled):
+    page = report.make(scaled[0].parent, scaled[0].parent)
+    for line in ("| one worker, 1 |", "| compensated for delay | 2 |", "Chosen: **bold**"):
+        assert line in page
+    assert {path.name for path in scaled[0].parent.glob("*.png")} == {"scaling.png", "scaling-parts.png",
+                                                                    "scaling-levers.png"}
+
+
+@pytest.mark.parametrize(("mode", "workers"), [("sync", 4), ("async", 5)])
+def test_time_is_updates_one_after_another_times_what_each_takes(mode, workers):
+    point = {"workers": workers, "settings": {"mode": mode}, "pretraining": [2.0, 7], "reached": {"90": [8.0, 300, 1]}}
+    each, millis = report.parts_of(point, "90")
+    assert each == (300 if mode == "sync" else 60)
+    assert 2 + each * millis / 1e3 == pytest.approx(8)
+
+
+def test_the_best_trial_is_the_quickest_or_errs_least():
+    def trial(batch, *, last=None, error=0.5):
+        return {"settings": {"batch": batch}, "reached": {"97": [last, 1, 1]} if last else {"90": [0.1, 1, 1]},
+                "quick": [[1, 1, 1, error]]}
+
+    trials = [trial(1, error=0.2), {"settings": {"batch": 2}, "failed": "infinite"}, trial(3, error=0.1)]
+    assert scaling.best({"search": {"x": {"trials": trials}}}, "x") == {"batch": 3}
+    trials += [trial(4, last=5.0), trial(5, last=4.0)]
+    assert scaling.best({"search": {"x": {"trials": trials}}}, "x") == {"batch": 5}
+
+
+@pytest.mark.mpi
+def test_ranks_of_a_job_measure_a_point():
+    data = scaling.REAL["async, 2"][1]
+    task = scaling.Task("async, 2", scaling.PLAIN | data | scaling.TINY, 2, 300, (0.5,), 300)
+    found = scaling.measured(task, "digits")
+    assert found["workers"] == 2
+    assert found["end"][1] >= 300
+    assert 0 < found["pretraining"][0] < found["curve"][0][0]
+    assert found["curve"][-1][-1] < found["quick"][0][-1], "it learns"
+    assert len(found["busy"]) == 1
+
+
 def test_tracing_runs():
     assert tracing.shortest(tracing.one_range, 10, samples=2) > 0
     assert tracing.ranges_of(tracing.numpy_epoch(2)) > 1
@@ -279,16 +342,6 @@ def test_the_page_tells_goals_that_are_missed_and_what_was_not_measured(told, tm
     assert "Not measured: rbms (rbms not installed)." in page
     assert "## Time against cores\n\n`python -m benchmarks.scaling`\n\nNot measured yet." in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"peers-epoch.png", "peers-error.png", "peers-size.png"}
-
-
-def test_whatever_is_in_a_file_is_shown(tmp_path):
-    content = {"machine": {"commit": "abc"}, "runs": [{"ranks": 2, "seconds": 1.23456, "raw": [1]}, {"ranks": 4}],
-               "goals": {"low": {"value": 7}}, "layers": [5, 3]}
-    (tmp_path / "scaling.json").write_text(json.dumps(content))
-    page = report.make(tmp_path, tmp_path)
-    for line in ("|  | ranks | seconds |", "|  | 2 | 1.235 |", "|  | 4 |  |", "| low | 7 |", "layers: [5, 3]",
-                 "*commit abc*"):
-        assert line in page
 
 
 def test_what_a_doubling_takes_is_told_beside_its_operations():
