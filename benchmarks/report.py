@@ -342,8 +342,6 @@ def show_scaling(page: Page, content: dict[str, Any]) -> None:
                      "one server, each remedy by itself; a bar that is pale did not get there")
         page.add(*rows_of(["", "workers", "90 %, s", "updates of all", "ms of a worker's update", "waiting",
                            "server busy", "staleness"], lever_rows(content)))
-    if content.get("talk"):
-        page.add(*talk_rows(content))
     infinite = [name for name, one in content.get("goals", {}).items() if "failed" in one]
     page.add(*([f"Parameters became infinite: {'; '.join(infinite)}.", ""] if infinite else []))
     page.add("Not run, since it would take longer here than there is time: 98.5 % by several workers, but for 16 in "
@@ -533,29 +531,6 @@ def lever_rows(content: dict[str, Any]) -> Iterable[list[str]]:
         yield [name.rpartition(", ")[0], point["workers"], f"{seconds:.2f}" if reached else "not reached",
                f"{updates:,}", f"{millis:.2f}", f"{100 * point['share']['waiting']:.0f} %",
                f"{100 * max(point['busy']):.0f} %", f"{point['staleness']:g}"]
-
-
-def talk_rows(content: dict[str, Any]) -> Iterable[str]:
-    """Their tables, and the same on costs like those of their cluster; what does better there."""
-    points = content["talk"]
-
-    def seconds(name: str, target: str) -> float | None:
-        line = points.get(name, {}).get("reached", {}).get(target)
-        return line[0] if line else None
-
-    alone = seconds("theirs, 1x1", "90")
-    yield "On costs like those of the talk's cluster (`benchmarks/cluster-talk.toml`), their tables, 90 %:"
-    yield ""
-    yield from rows_of(["", "nodes x tasks", "theirs, s", "simulated, s", "simulated / theirs", "theirs, speed-up",
-                        "simulated"], (
-        [name, f"{nodes} x {tasks}", f"{theirs}", f"{found:.0f}", f"{found / theirs:.2f}", f"{gain:.2f}",
-         f"{alone / found:.2f}" if alone else ""]
-        for name, table in scaling.TALK.items() for (nodes, tasks), theirs, gain in table
-        for found in [seconds(f"theirs, {nodes}x{tasks}", "90")] if found))
-    ours = {name: seconds(name, "97") for name in points if name.startswith("ours")}
-    yield ("To 97 % there, by other settings: " + "; ".join(f"{name.removeprefix('ours, ')} {found:.0f} s"
-                                                           for name, found in ours.items() if found) + ".")
-    yield ""
 
 
 def shown(value: object) -> str:

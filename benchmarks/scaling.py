@@ -10,7 +10,6 @@
     goals       time until accuracies are reached, by 1 to 1,024 workers on 10,000, 60,000 and 600,000 rows
     passes      time at a fixed number of passes of each worker over its partition
     levers      what is done about delay, each by itself
-    talk        the same on the cluster of the talk, as far as its costs can be told from its tables
 
 784-500-10: one layer is pretrained, then softmax units on top of it and the layer are fine-tuned; time includes both.
 Workers are replicas; parameter servers are ranks beside them. What is simulated (``gpudbn.mpi.simulate``) has the real
@@ -334,8 +333,7 @@ SEEN = 10_000  # rows of pretraining
 MANY = 512  # workers whose memory leaves no room for others
 MANY_STALE = 64  # workers around servers; more need more updates than can be simulated here
 # updates, of all workers together, after which a target is given up
-MOST = {"one worker": 6000, "sync": 1500, "async": 8000, "talk": 40_000}
-TALK_COSTS = HERE / "cluster-talk.toml"
+MOST = {"one worker": 6000, "sync": 1500, "async": 8000}
 
 
 class Family(NamedTuple):
@@ -380,10 +378,6 @@ REAL: dict[str, tuple[int, dict[str, Any]]] = {  # workers, settings
     "async, 2": (2, {"mode": "async", "momentum": [0.0], "learning_rate": [0.05], "finetune_batch": 50,
                      "finetune_momentum": 0.0, "finetune_learning_rate": 1.0}),
 }
-# what reproduces the tables of the talk on costs like those of its cluster; and what does better there
-THEIRS = PLAIN | {"mode": "async", "momentum": [0.0], "finetune_momentum": 0.0, "finetune_learning_rate": 0.1}
-BETTER = PLAIN | {"mode": "sync", "batch": 400, "finetune_batch": 400, "finetune_momentum": 0.9,
-                  "finetune_learning_rate": 0.5}
 
 
 class Task(NamedTuple):
@@ -396,7 +390,7 @@ class Task(NamedTuple):
     targets: Sequence[float]
     most: float
     seed: int = 2
-    costs: str = "cluster"  # of whom: "here", "cluster", "talk"; and ranks a node
+    costs: str = "cluster"  # or "here"; and ranks a node
     trials: Sequence[dict[str, Any]] = ()
 
 
@@ -447,18 +441,6 @@ def part_levers(given: argparse.Namespace, content: dict[str, Any]) -> Iterator[
                    TARGETS[:1], MOST["async"])
 
 
-def part_talk(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
-    """Their tables; and what this package does there."""
-    if not TALK_COSTS.exists():
-        return
-    for nodes, tasks in sorted({cell for table in TALK.values() for cell, _, _ in table} | {(1, 1)}):
-        yield Task(f"theirs, {nodes}x{tasks}", THEIRS, cores_for(THEIRS, nodes * tasks), given.rows[1], TARGETS[:1],
-                   MOST["talk"], costs=f"talk {tasks}")
-    for nodes in (1, 4):
-        yield Task(f"ours, {nodes}x16", BETTER, cores_for(BETTER, 16 * nodes), given.rows[1], TARGETS[:2],
-                   MOST["talk"], costs="talk 16")
-
-
 def part_grid(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
     """Nodes times tasks, for the ways that are given."""
     for name in given.ways:
@@ -472,7 +454,7 @@ def part_grid(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Iterator[Task]]] = {
     "real": part_real, "search": part_search, "goals": part_goals, "passes": part_passes, "levers": part_levers,
-    "talk": part_talk, "grid": part_grid}
+    "grid": part_grid}
 
 
 def cores_for(settings: dict[str, Any], cores: int) -> int:
@@ -597,12 +579,12 @@ def clean(about: dict[str, Any]) -> dict[str, Any]:
 def measure(given: argparse.Namespace, results: Results) -> None:
     """Every point that is not there yet."""
     content, begun = results.content, time.perf_counter()
-    if "costs" not in content:
+    if "costs here" not in content and ("real" in given.parts or not given.costs):
         print("costs of this machine", flush=True)
-        content["costs"] = (given.costs.read_text() if given.costs else costs_here(given)).splitlines()
-        results.write()
-    costs = {kind: "\n".join(content["costs"]) for kind in ("here", "cluster")}
-    costs |= {"talk": TALK_COSTS.read_text()} if TALK_COSTS.exists() else {}
+        content["costs here"] = costs_here(given).splitlines()
+    if "costs" not in content:
+        content["costs"] = given.costs.read_text().splitlines() if given.costs else content["costs here"]
+    costs = {kind: "\n".join(content.get(name, [])) for kind, name in (("here", "costs here"), ("cluster", "costs"))}
     with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
         for number, part in enumerate(given.parts, 1):
             tasks = [task for task in PARTS[part](given, content) if task.name not in content.get(part, {})]

@@ -357,8 +357,9 @@ def test_measuring_again_replaces_what_ended_well_and_keeps_the_rest(tmp_path, m
     (tmp_path / "tracing.json").write_text("{}")
     monkeypatch.setattr(report, "AGAIN", {"tracing": False, "scaling": True})
     monkeypatch.setattr(sys, "argv", ["report", "--measure", "--results", str(tmp_path), "--data", "nowhere.npz"])
-    monkeypatch.setattr(report, "SECTIONS", {name: report.SECTIONS[name]._replace(show=report.show_plainly)
-                                             for name in ("tracing", "scaling", "mnist")})
+    monkeypatch.setattr(report, "SECTIONS", {
+        name: report.SECTIONS[name]._replace(show=lambda page, content: page.add(*content))
+        for name in ("tracing", "scaling", "mnist")})
     assert report.main() == 1
     assert json.loads((tmp_path / "tracing.json").read_text())["range_ns"] > 0
     assert json.loads((tmp_path / "scaling.json").read_text()) == kept
