@@ -1,4 +1,4 @@
-"""Draws and step rules as machine code where numba is installed: the same bits as by randomgen and NumPy, sooner.
+"""Draws, samples and step rules as machine code where numba is installed: the same bits as without it, sooner.
 
     pip install 'gpudbn[fast]'
 
@@ -6,7 +6,7 @@ Draws take a seventh of the time, and a step is one pass over memory, not three 
 as NumPy rounds it and stands in the same order, and none is contracted into another: so with and without numba a run
 has the same bits. numba compiles at the first use, in seconds, and keeps that for later processes where it can.
 
-The sources of steps: ``reference.momentum_step`` and its neighbours, without ``scale`` and what it is multiplied with.
+What is specified in ``draws`` and ``reference``: there are the formulas, sources and meanings of what follows.
 """
 
 from __future__ import annotations
@@ -44,6 +44,26 @@ def fill(out, index, update, site, k0, k1):
             a, b = (a + np.uint64(0x9E3779B9)) & low, (b + np.uint64(0xBB67AE85)) & low
         for j, word in enumerate((c0, c1, c2, c3)):
             out[4 * block + j] = np.float32(word >> np.uint64(8)) * unit
+
+
+def halve(out, x, bias):
+    """out <- (x + bias) / 2, whose tanh ``reference.sigmoid`` takes. Arrays (rows, m), (rows, m), (m,), float32."""
+    for i in range(x.shape[0]):
+        o, row = out[i], x[i]
+        for j in range(bias.size):
+            o[j] = (row[j] + bias[j]) * np.float32(0.5)
+
+
+def lift(t):
+    """t <- (t + 1) / 2, the sigmoid from its tanh. Array (size,), float32."""
+    for i in range(t.size):
+        t[i] = t[i] * np.float32(0.5) + np.float32(0.5)
+
+
+def toss(t, u):
+    """t <- 1 if u < (t + 1) / 2 else 0: samples from the tanh. Arrays (size,), float32."""
+    for i in range(t.size):
+        t[i] = np.float32(u[i] < t[i] * np.float32(0.5) + np.float32(0.5))
 
 
 def momentum(p, u, g, scale, keep, decay):
@@ -87,12 +107,13 @@ def _signature(arrays: int, numbers: int, kind: str = "float32") -> str:
     return f"void({', '.join(['float32[::1]'] * arrays + [kind] * numbers)})"
 
 
-SIGNATURES = {fill: _signature(1, 5, "uint64"), momentum: _signature(3, 3), sgd: _signature(2, 2),
-              adagrad: _signature(3, 4), adam: _signature(4, 6)}
+SIGNATURES = {fill: _signature(1, 5, "uint64"), halve: "void(float32[:, ::1], float32[:, ::1], float32[::1])",
+              lift: _signature(1, 0), toss: _signature(2, 0), momentum: _signature(3, 3),
+              sgd: _signature(2, 2), adagrad: _signature(3, 4), adam: _signature(4, 6)}
 
 
 @cache
-def quick(function: Callable[..., None]) -> Callable[..., Any] | None:
+def quick(function: Callable[..., None]) -> Any:
     """A function of this file as machine code; None without numba, or where it is told not to compile."""
     try:
         from numba import config, njit

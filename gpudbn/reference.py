@@ -79,11 +79,22 @@ def activate(sample, mean, x, bias, *, seed=0, update=0, site=0, row=0, column=0
         Address of ``sample[0, 0]``, see ``draws``.
     """
     out = sample if mean is None else mean
-    np.add(x, bias, out=out)
-    sigmoid(out)
+    address = {"seed": seed, "update": update, "site": site, "row": row, "column": column, "columns": columns,
+               "clock": clock}
+    halve = _quick(compiled.halve, out, x, bias)
+    if halve is None:
+        np.add(x, bias, out=out)
+        sigmoid(out)
+    else:  # the same bits in fewer passes
+        halve(out, x, bias)
+        np.tanh(out, out=out)
+        if mean is None:
+            u = uniforms(_scratch.get("u", out.shape), **address)
+            compiled.quick(compiled.toss)(out.reshape(-1), u.reshape(-1))
+            return
+        compiled.quick(compiled.lift)(out.reshape(-1))
     if sample is not None:
-        bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,
-                  clock=clock)
+        bernoulli(sample, out, **address)
 
 
 def product(out, a, b, precision="fp32"):
@@ -444,13 +455,18 @@ def adam_rates(scale, rate, decay, steps, b1=0.9, b2=0.999):
     return scale, rate * np.sqrt(1 - b2**steps) / (1 - b1**steps), 1 - rate * decay
 
 
+def _quick(function, *arrays):
+    """A function of ``compiled`` as machine code for these arrays; None if there is none, or the first is small."""
+    many = arrays[0].size >= compiled.MANY and all(array.flags.carray for array in arrays)
+    return compiled.quick(function) if many else None
+
+
 def _in_one_pass(step, weights, arrays, numbers, of_weights, of_biases):
     """Take a step as machine code, the same bits in one pass over memory, if there is any; whether it was taken.
 
     The last number of ``step`` is ``of_weights`` for the first ``weights`` entries and ``of_biases`` for the others.
     """
-    many = arrays[0].size >= compiled.MANY and all(array.flags.carray for array in arrays)
-    quick = compiled.quick(step) if many else None
+    quick = _quick(step, *arrays)
     if quick is None:
         return False
     for part, last in ((slice(weights), of_weights), (slice(weights, None), of_biases)):

@@ -1,4 +1,4 @@
-"""Step rules as machine code, where numba is, have the bits of NumPy. Without numba the same source runs as Python."""
+"""Machine code, where numba is, has the bits of NumPy. Without it the same source runs as Python. Draws: test_draws."""
 
 from __future__ import annotations
 
@@ -76,3 +76,55 @@ def test_steps_of_few_entries_or_through_strides_are_numpys(monkeypatch):
     for p, g in ((few, few.copy()), (many[::2], few[:1].repeat(compiled.MANY))):
         reference.sgd_step(p, g, weights=3, scale=1, rate=0.5, decay=1)
         assert p[2:4].tolist() == [1.0, 1.5]
+
+
+# Half-steps, from their product on
+
+
+def check_activation(monkeypatch, make, samples, means, rows=5, m=13):
+    """Samples and means by NumPy and by what ``make`` makes of the sources are the same to the bit."""
+    rng = np.random.default_rng(1)
+    x, bias = (4 * rng.standard_normal(shape).astype(np.float32) for shape in ((rows, m), (m,)))
+    x[0, :4] = -200, 200, -bias[2], np.nextafter(-bias[3], np.float32(1))
+    found, used = [], []
+
+    def quick(function):
+        used.append(function)
+        return make(function)
+
+    monkeypatch.setattr(compiled, "MANY", rows * m)
+    for how in (quick, lambda _: None):
+        monkeypatch.setattr(compiled, "quick", how)
+        sample, mean = (np.empty_like(x) if wanted else None for wanted in (samples, means))
+        reference.activate(sample, mean, x.copy(), bias, seed=3, update=5, site=7, row=11)
+        found += [array.view(np.uint32) for array in (sample, mean) if array is not None]
+    half = len(found) // 2
+    assert all(map(np.array_equal, found[:half], found[half:]))
+    assert used[:2] == [compiled.halve, compiled.lift if means else compiled.toss]
+
+
+WANTED = [(True, False), (False, True), (True, True)]  # samples, means
+
+
+@pytest.mark.parametrize(("samples", "means"), WANTED)
+def test_activations_as_machine_code_have_the_bits_of_numpy(monkeypatch, samples, means):
+    check_activation(monkeypatch, lambda function: function, samples, means)
+
+
+@pytest.mark.parametrize(("samples", "means"), WANTED)
+def test_numba_makes_the_same_activations(monkeypatch, samples, means):
+    pytest.importorskip("numba")
+    check_activation(monkeypatch, compiled.quick.__wrapped__, samples, means, rows=100, m=103)
+
+
+@pytest.mark.parametrize(("wanted", "module", "line", "fault"), [
+    (0, compiled, "(row[j] + bias[j]) * np.float32(0.5)", "row[j] * np.float32(0.5) + bias[j]"),
+    (0, compiled, "np.float32(u[i] < ", "np.float32(u[i] > "),
+    (1, compiled, "t[i] = t[i] * np.float32(0.5) + np.float32(0.5)", "t[i] = t[i] + np.float32(0.5)"),
+    (0, reference, "u = uniforms(_scratch.get(\"u\", out.shape), **address)",
+     "u = uniforms(_scratch.get(\"u\", out.shape), **address | {\"row\": 0})"),
+    (2, reference, "        if mean is None:\n            u =", "        if sample is not None:\n            u ="),
+])
+def test_another_activation_is_noticed(monkeypatch, wanted, module, line, fault):
+    assert_notices(lambda: check_activation(monkeypatch, lambda function: function, *WANTED[wanted]), module, line,
+                   fault)

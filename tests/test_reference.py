@@ -90,8 +90,7 @@ def test_a_half_step_is_the_plain_formula_and_a_comparison_with_u(transpose, col
     ("np.add(x, bias, out=out)", "np.subtract(x, bias, out=out)"),
     ("np.add(x, bias, out=out)", "np.add(x, bias[::-1], out=out)"),
     ("np.less(u, mean, out=sample", "np.greater(u, mean, out=sample"),
-    ("bernoulli(sample, out, seed=seed, update=update, site=site, row=row, column=column, columns=columns,",
-     "bernoulli(sample, out, seed=seed, update=update, site=site, row=row,"),
+    ("\"row\": row, \"column\": column, \"columns\": columns,\n               \"clock\"", "\"row\": row, \"clock\""),
     ("out = sample if mean is None else mean\n    product", "out = mean\n    product"),
 ])
 def test_a_wrong_half_step_is_noticed(line, fault):
