@@ -344,9 +344,12 @@ def show_scaling(page: Page, content: dict[str, Any]) -> None:
                            "server busy", "staleness"], lever_rows(content)))
     infinite = [name for name, one in content.get("goals", {}).items() if "failed" in one]
     page.add(*([f"Parameters became infinite: {'; '.join(infinite)}.", ""] if infinite else []))
-    page.add("Not run, since it would take longer here than there is time: 98.5 % by several workers, but for 16 in "
-             "step on 600,000 rows; 97 % by more than 64 in step, and by more than 16 around servers or on 10,000 "
+    page.add("Not in the plan, since it would take longer here than there is time: 98.5 % by several workers, but for "
+             "16 in step on 600,000 rows; 97 % by more than 64 in step, more than 16 around servers or on 10,000 "
              "rows; more than 64 around servers.", "")
+    left = [f"{part} ({'; '.join(names)})" for part, names in content["not run"].items() if names]
+    left += [part for part in scaling.PARTS if part != "grid" and part not in content["not run"]]
+    page.add(f"In the plan, and not run: {', '.join(left) or 'nothing'}.", "")
 
 
 def real_rows(content: dict[str, Any]) -> Iterable[list[str]]:

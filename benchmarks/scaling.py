@@ -333,7 +333,7 @@ SEEN = 10_000  # rows of pretraining
 MANY = 512  # workers whose memory leaves no room for others
 MANY_STALE = 64  # workers around servers; more need more updates than can be simulated here
 # updates, of all workers together, after which a target is given up
-MOST = {"one worker": 6000, "sync": 1500, "async": 8000}
+MOST = {"one worker": 6000, "sync": 1500, "async": 6000, "levers": 3000}
 
 
 class Family(NamedTuple):
@@ -354,12 +354,12 @@ def rates(*pairs: tuple[int, float]) -> list[dict[str, Any]]:
 
 FAMILIES = {
     "one worker": Family(PLAIN | {"mode": "sync", "finetune_momentum": 0.9}, rates(
-        (25, 0.1), (25, 0.2), (50, 0.2), (50, 0.3), (100, 0.3), (100, 0.5)), 1),
+        (100, 0.5), (50, 0.3), (100, 0.3), (50, 0.2), (25, 0.2), (25, 0.1)), 1),
     "sync": Family(PLAIN | {"mode": "sync", "batch": 400, "finetune_momentum": 0.9}, rates(
-        (200, 0.3), (200, 0.5), (400, 0.5), (400, 0.8), (800, 0.8), (800, 1.2)), 16),
+        (400, 0.5), (200, 0.5), (200, 0.3), (400, 0.8), (800, 0.8), (800, 1.2)), 16),
     "async": Family(PLAIN | {"mode": "async", "servers": 4, "momentum": [0.0], "batch": 25, "learning_rate": [0.025],
                              "finetune_momentum": 0.0}, rates(
-        (25, 0.5), (50, 0.5), (50, 1.0), (100, 0.5), (100, 1.0), (100, 2.0)), 16),
+        (100, 1.0), (50, 1.0), (100, 0.5), (50, 0.5), (25, 0.5), (100, 2.0)), 16),
 }
 LEVERS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -436,9 +436,9 @@ def part_levers(given: argparse.Namespace, content: dict[str, Any]) -> Iterator[
     for workers in given.lever_workers:
         for name, more in LEVERS.items():
             yield Task(f"{name}, {workers}", scaled("async", base, workers) | more, workers, given.rows[1],
-                       TARGETS[:1], MOST["async"])
+                       TARGETS[:1], MOST["levers"])
         yield Task(f"ten times the rows, {workers}", scaled("async", base, workers), workers, given.rows[2],
-                   TARGETS[:1], MOST["async"])
+                   TARGETS[:1], MOST["levers"])
 
 
 def part_grid(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
@@ -558,6 +558,8 @@ class Results:
 
     def add(self, part: str, name: str, found: dict[str, Any]) -> None:
         self.content.setdefault(part, {})[name] = found
+        if name in self.content["not run"].get(part, []):
+            self.content["not run"][part].remove(name)
         self.write()
 
     def write(self) -> None:
@@ -588,6 +590,7 @@ def measure(given: argparse.Namespace, results: Results) -> None:
     with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
         for number, part in enumerate(given.parts, 1):
             tasks = [task for task in PARTS[part](given, content) if task.name not in content.get(part, {})]
+            content.setdefault("not run", {})[part] = [task.name for task in tasks]
             if given.toy:
                 tasks = [task._replace(given=task.given | TINY, most=min(task.most, 300)) for task in tasks]
             if part == "real" or (part == "grid" and not given.simulate):
