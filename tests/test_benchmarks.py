@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, peers, report, scaling, tracing
+from benchmarks import autoencoder, peers, report, scaling, talk, tracing
 from gpudbn.data import load
 from gpudbn.mpi.costs import Compute, Costs
 
@@ -295,6 +295,33 @@ def test_ranks_of_a_job_measure_a_point():
     assert 0 < found["pretraining"][0] < found["curve"][0][0]
     assert found["curve"][-1][-1] < found["quick"][0][-1], "it learns"
     assert len(found["busy"]) == 1
+
+
+def test_the_talk_runs(tmp_path):
+    out = tmp_path / "talk.json"
+    run("benchmarks.talk", "--toy", "--data", "digits", "--parts", "one", "--out", out)
+    content = json.loads(out.read_text())
+    assert [run["seed"] for run in content["one"]["1"]] == [2, 3, 4]
+    (theirs,) = (point for point in talk.points("theirs") if (point.name, point.seed) == ("2x2", 1))
+    found = talk.measure(theirs._replace(given=theirs.given | talk.TOY, rows=200, most=40), "digits")
+    assert found["workers"] == 4
+    assert 0 < found["pretraining"] < talk.ONE_CORE
+    assert len(found["busy"]) == 1
+
+
+def test_the_talk_is_compared_cell_by_cell_and_seed_by_seed():
+    def runs(*seconds):
+        return [{"seed": seed, "seconds": one} for seed, one in enumerate(seconds, 1)]
+
+    content = {"theirs": {"1x1": runs(4400.0, 4500.0), "2x2": runs(1413.0, None), "4x2": runs(1000.0, 728.0)},
+               "one": {"1": runs(100.0, 90.0)}, "ours": {"16": runs(10.0, None), "64": runs(5.0, 3.0)}}
+    found = talk.tables(content)
+    assert [(cell["nodes"], cell["tasks"], cell["theirs"][0], cell["ratio"]) for cell in found["2 tasks a node"]] == [
+        (2, 2, 1411, [1413 / 1411, None]), (4, 2, 728, [1000 / 728, 1.0])]
+    assert found["2 nodes"][0]["speed-up"] == [4400 / 1413, None]
+    assert talk.further(content) == {"16": [10.0, None], "64": [20.0, 30.0]}
+    assert {cell for part in scaling.TALK.values() for cell, _, _ in part} == {
+        tuple(map(int, point.name.split("x"))) for point in talk.points("theirs")} - {(1, 1)}
 
 
 def test_tracing_runs():
