@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -330,10 +330,10 @@ def accuracy(target: float) -> str:
 
 MPIRUN = "under mpirun"  # what of the results is not in virtual time
 SEEN = 10_000  # rows of pretraining
-MANY = 512  # workers whose memory leaves no room for others
+MANY = 256  # workers whose memory leaves room for few others
 MANY_STALE = 64  # workers around servers; more need more updates than can be simulated here
 # updates, of all workers together, after which a target is given up
-MOST = {"one worker": 6000, "sync": 1500, "async": 6000, "levers": 3000}
+MOST = {"one worker": 6000, "sync": 1500, "async": 6000, "levers": 2000}
 
 
 class Family(NamedTuple):
@@ -598,14 +598,20 @@ def measure(given: argparse.Namespace, results: Results) -> None:
                     results.add(MPIRUN, task.name, measured(task, given.data))
             if part == "grid" and not given.simulate:
                 continue
-            few = [task for task in tasks if task.workers < MANY]
-            for together in (few, *([task] for task in tasks if task.workers >= MANY)):
-                futures = {pool.submit(run, task, given.data, given.rows[1], costs[task.costs.split()[0]]): task
-                           for task in together}
-                for future in as_completed(futures):
-                    task = futures[future]
+            tasks.sort(key=lambda task: task.workers < MANY)  # what takes longest begins
+            running: dict[Future[dict[str, Any]], Task] = {}
+            while tasks or running:
+                alone = any(task.workers >= MANY for task in running.values())  # of its kind
+                ready = [task for task in tasks if not (alone and task.workers >= MANY)]
+                if ready and len(running) < given.processes:
+                    task = ready[0]
+                    tasks.remove(task)
+                    running[pool.submit(run, task, given.data, given.rows[1], costs[task.costs.split()[0]])] = task
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task = running.pop(future)
                     results.add(part, task.name, future.result())
-                    left = sum(one.name not in content.get(part, {}) for one in tasks)
+                    left = len(tasks) + len(running)
                     print(f"{time.perf_counter() - begun:5.0f} s  {part} ({number} of {len(given.parts)}): "
                           f"{task.name}: {said(content[part][task.name])}; {left} left", flush=True)
 

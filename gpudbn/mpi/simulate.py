@@ -91,6 +91,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
     size = largest(settings, data, labelled)
     machine, found = Machine(servers + replicas, costs, settings.seed), Simulation()
     joined: dict[int, tuple[Exchange | Server, VirtualWire]] = {}
+    orders: dict[tuple[int, int], np.ndarray] = {}
 
     def rank(wire: VirtualWire) -> dict[str, Any]:
         exchange = join(wire, plan, size) if wire.size > 1 else _Alone(wire)
@@ -98,7 +99,7 @@ def simulate(settings: Settings, data: DataSet, *, replicas: int, costs: Costs, 
         if isinstance(exchange, Server):
             return exchange.serve() | wire.place
         dbn = DBN([data.train.n, *settings.layers], np, local=settings.local)
-        training = _Timed(dbn, data, settings, exchange, labelled, wire)
+        training = _Timed(dbn, data, settings, exchange, labelled, wire, orders)
         if exchange.chief:
             found.dbn = dbn
             if watch:
@@ -139,9 +140,9 @@ class _Timed(Training):
     """Training whose phases take virtual time."""
 
     def __init__(self, dbn: DBN, data: DataSet, settings: Settings, exchange: Exchange, labelled: DataSet | None,
-                 wire: VirtualWire) -> None:
+                 wire: VirtualWire, orders: dict[tuple[int, int], np.ndarray]) -> None:
         super().__init__(dbn, data, settings, exchange, labelled=labelled)
-        self.wire, self._inside = wire, False
+        self.wire, self.orders, self._inside = wire, orders, False
         costs = wire.machine.costs.phases
         if len(costs) != self.phases:
             raise UserError(f"costs: must have {self.phases} phases, as the run has; got {len(costs)}")
@@ -156,6 +157,17 @@ class _Timed(Training):
 
     def _turn(self) -> int:
         return 1 if self.progress and not self._own_rows else super()._turn()  # who watches sees every update
+
+    def _order(self, count: int, owner: int) -> np.ndarray:
+        """Where all replicas have the same rows, one array for all of them: it may be larger than all else."""
+        if self._own_rows:
+            return super()._order(count, owner)
+        epoch = self.index, self.epoch
+        if epoch not in self.orders:
+            self.orders.clear()
+            self.orders[epoch] = super()._order(count, owner)
+            self.orders[epoch].flags.writeable = False
+        return self.orders[epoch]
 
     def _make_phase(self) -> Phase:
         phase = super()._make_phase()

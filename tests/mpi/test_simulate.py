@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpudbn import load
+from gpudbn import load, loop
 from gpudbn import simulate as command
 from gpudbn.errors import NonFiniteError, UserError
 from gpudbn.mpi import calibrate, virtual
@@ -74,6 +74,22 @@ def test_one_asynchronous_replica_has_the_bits_of_the_real_one(tmp_path):
     assert done.returncode == 0, done.stderr
     found = simulate(Settings(**options), load_data("digits", quiet=True, seed=1), replicas=1, costs=Costs(**COSTS))
     assert_same(found.dbn, load(tmp_path / "run"))
+
+
+def test_replicas_with_the_same_rows_share_their_order(monkeypatch):
+    made = []
+
+    def permutation(count, **address):
+        made.append((count, address["update"], address["row"]))
+        return loop_permutation(count, **address)
+
+    loop_permutation = loop.permutation
+    monkeypatch.setattr(loop, "permutation", permutation)
+    simulated(3, mode="sync", finetune_patience=0)
+    assert len(made) == 3 + 3 + 4, "one an epoch"
+    made.clear()
+    simulated(3, mode="local", finetune_patience=0)
+    assert len(made) == 3 * (3 + 3 + 4), "each its own"
 
 
 def check_seconds():
