@@ -141,16 +141,21 @@ def spread(values: list[float], digits: int) -> str:
 
 def picture_of_epochs(found: dict[str, dict[str, Any]]) -> Any:
     names = sorted(found["unset"], key=lambda name: -float(found["unset"][name]["seconds"][0]))
-    figure = figure_of(8, 0.8 + 0.3 * len(names))
+    figure = figure_of(8, 0.9 + 0.3 * len(names))
     axes = axes_of(figure, x="seconds an epoch")
     for number, (core_type, programs) in enumerate(found.items()):
+        colour, away = COLOURS[number], 0.3 * ((len(found) - 1) / 2 - number)
+        axes.plot([], [], "o", color=colour, markersize=4, label=f"OPENBLAS_CORETYPE {core_type}")
         for y, name in enumerate(names):
             if name in programs:
                 middle, low, high = programs[name]["seconds"]
-                y = y + 0.36 * ((len(found) - 1) / 2 - number)
-                axes.barh(y, middle, 0.34, color=(BLUE, "#A8CBE3")[number % 2],
-                          label=f"OPENBLAS_CORETYPE {core_type}" if name == names[0] else None)
-                axes.plot([low, high], [y, y], color=INK, linewidth=1)
+                axes.plot([low, high], [y + away] * 2, color=colour, linewidth=1)
+                axes.plot(middle, y + away, "o", color=colour, markersize=4)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=6, colors=INK)
+    axes.grid(axis="both", which="both", color=PALE, alpha=0.3, linewidth=0.5)
     axes.set_yticks(range(len(names)), names)
     axes.legend(fontsize=7, frameon=False)
     return figure
