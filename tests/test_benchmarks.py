@@ -112,6 +112,19 @@ def test_a_program_that_fails_is_told(tmp_path, monkeypatch, capsys):
     assert "FAILED: epoch: nobody: code 1: KeyError: 'nobody'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("others", "kept"), [((0.9, 0.1), 0.1), ((0.9, 0.8, 0.7), 0.7)])
+def test_a_sample_beside_others_is_taken_again(tmp_path, monkeypatch, others, kept):
+    left, out = iter(others), tmp_path / "peers.json"
+    monkeypatch.setattr(peers, "PARTS", {"epoch": ({"gpudbn": peers.Program(peers.ours)}, peers.epoch)})
+    monkeypatch.setattr(peers, "sample", lambda *_: {"seconds": 1, "others": next(left), "peak MB": 2, "MB before": 1})
+    monkeypatch.setitem(peers.TOY, "attempts", 3)
+    monkeypatch.setattr(sys, "argv", ["peers", "--toy", "--out", str(out), "--parts", "epoch"])
+    assert peers.main() == 0
+    (one,) = json.loads(out.read_text())["samples"]["epoch"]["unset"]["gpudbn"]
+    assert one["others"] == kept
+    assert list(left) == []
+
+
 def test_a_program_without_its_package_or_gpu_is_not_run():
     assert peers.missing(peers.Program(peers.products, needs=("no_such_package",)), gpu=True) == \
         "no_such_package not installed"
