@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from gpudbn.loop import Training
 
 NETWORK: dict[str, Any] = {"layers": [500], "epochs": [1], "schedule": "constant", "finetune_schedule": "constant",
-           "finetune_epochs": 100_000, "finetune_patience": 0, "validation": 0, "threads": 1, "n_push": 1, "n_fetch": 1}
+                           "finetune_epochs": 100_000, "finetune_patience": 0, "validation": 0, "threads": 1,
+                           "n_push": 1, "n_fetch": 1}
 LOOKS = 1.04  # from the updates before a look to those before the next
 FIRST = 20  # updates before the first
 QUICK = 10  # a first look takes every tenth test row
@@ -446,20 +447,16 @@ def part_grid(given: argparse.Namespace, _: dict[str, Any]) -> Iterator[Task]:
     for name in given.ways:
         for nodes in given.nodes:
             for tasks in given.tasks:
-                settings = FAMILIES[name].given | FAMILIES[name].trials[0]
-                workers = cores_for(settings, nodes * tasks)
-                yield Task(f"{name}, {nodes}x{tasks}", settings, workers, given.rows[1], TARGETS[:2], MOST[name],
-                           costs=f"cluster {tasks}")
+                cores = nodes * tasks
+                servers = -(-cores // 5) if name == "async" and cores > 1 else 0  # one for each four workers
+                settings = scaled(name, FAMILIES[name].given | FAMILIES[name].trials[0], cores - servers)
+                yield Task(f"{name}, {nodes}x{tasks}", settings | ({"servers": servers} if servers else {}),
+                           cores - servers, given.rows[1], TARGETS[:2], MOST[name], costs=f"cluster {tasks}")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Iterator[Task]]] = {
     "real": part_real, "search": part_search, "goals": part_goals, "passes": part_passes, "levers": part_levers,
     "grid": part_grid}
-
-
-def cores_for(settings: dict[str, Any], cores: int) -> int:
-    """How many of so many ranks are workers."""
-    return cores - (settings.get("servers", 1) if settings.get("mode", "async") == "async" and cores > 1 else 0)
 
 
 def scaled(name: str, settings: dict[str, Any], workers: int) -> dict[str, Any]:
@@ -596,7 +593,10 @@ def measure(given: argparse.Namespace, results: Results) -> None:
             if part == "real" or (part == "grid" and not given.simulate):
                 for task in tasks:  # with nothing beside them
                     results.add(MPIRUN, task.name, measured(task, given.data))
+                    print(f"{task.name}, real: {said(content[MPIRUN][task.name])}", flush=True)
             if part == "grid" and not given.simulate:
+                content["not run"][part] = [task.name for task in tasks if "failed" in content[MPIRUN][task.name]]
+                results.write()
                 continue
             tasks.sort(key=lambda task: task.workers < MANY)  # what takes longest begins
             running: dict[Future[dict[str, Any]], Task] = {}

@@ -298,6 +298,20 @@ def test_the_best_trial_is_the_quickest_or_errs_least():
     assert scaling.best({"search": {"x": {"trials": trials}}}, "x") == {"batch": 5}
 
 
+def test_a_grid_is_simulated_or_what_fits_this_machine_is_run(tmp_path):
+    costs, out = tmp_path / "costs.toml", tmp_path / "grid.json"
+    costs.write_text(TOY_COSTS.to_toml())
+    run("benchmarks.scaling", "--toy", "--costs", costs, "--out", out, "--simulate", "--nodes", 1, 2, "--tasks", 3)
+    grid = json.loads(out.read_text())["grid"]
+    assert {name: one["workers"] for name, one in grid.items()} == {"sync, 1x3": 3, "sync, 2x3": 6, "async, 1x3": 2,
+                                                                    "async, 2x3": 4}
+    assert [len(one["busy"]) for one in grid.values() if one["settings"]["mode"] == "async"] == [1, 2]
+    run("benchmarks.scaling", "--toy", "--costs", costs, "--out", out, "--nodes", 1, 1000, "--ways", "sync")
+    content = json.loads(out.read_text())
+    assert content[scaling.MPIRUN]["sync, 1x1"]["workers"] == 1
+    assert content["not run"] == {"grid": ["sync, 1000x1"]}
+
+
 @pytest.mark.mpi
 def test_ranks_of_a_job_measure_a_point():
     data = scaling.REAL["async, 2"][1]
