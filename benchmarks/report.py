@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import autoencoder, exchange, peers, scaling, talk
+from benchmarks import autoencoder, exchange, peers, scaling, simulation, talk
 from benchmarks.mnist import BESIDE, HERE, paired
 from gpudbn.plots import BLUE, DPI, INK, PALE, VERMILION
 
@@ -131,6 +131,11 @@ def show_peers(page: Page, content: dict[str, Any]) -> None:
                           slopes(samples["gpudbn"], content["base"])))
     absent = content["not measured"] | content["failed"]
     page.add("Not measured: " + ("; ".join(f"{name} ({why})" for name, why in absent.items()) or "nothing") + ".", "")
+
+
+def ordered(values: list[float]) -> list[float]:
+    """Median, smallest, largest."""
+    return [statistics.median(values), min(values), max(values)]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -261,23 +266,42 @@ def show_autoencoder(page: Page, content: dict[str, Any]) -> None:
 
 
 def show_simulation(page: Page, content: dict[str, Any]) -> None:
-    page.add("Seconds of whole runs under `mpirun`, and of the same in virtual time from costs measured here.", "")
-    page.add(*rows_of(["way", "real, median", "real", "simulated", "simulated / real", "mean staleness, real",
-                       "simulated"], (
-        [run["way"], f"{run['seconds'][0]:.2f}", ", ".join(f"{one['seconds'][-1]:.2f}" for one in run["real"]),
-         f"{run['seconds'][1]:.2f}", f"{run['ratio']:.2f}",
-         *("" if one["mean_staleness"] is None else f"{one['mean_staleness']:.2f}"
-           for one in (run["real"][0], run["simulated"]))] for run in content["runs"])))
-    figure = figure_of(6, 2.8)
-    axes = axes_of(figure, y="seconds of a run")
-    for x, run in enumerate(content["runs"]):
-        axes.bar(x - 0.2, run["seconds"][0], 0.36, color=BLUE, label=None if x else "under mpirun, median")
-        each = [one["seconds"][-1] for one in run["real"]]
-        axes.plot([x - 0.2] * len(each), each, ".", color=INK, markersize=4)
-        axes.bar(x + 0.2, run["seconds"][1], 0.36, color=VERMILION, label=None if x else "in virtual time")
-    axes.set_xticks(range(len(content["runs"])), [run["way"] for run in content["runs"]])
+    page.add("Seconds of an epoch, real, and in virtual time from costs measured in turns with the runs, with other "
+             f"batches, epochs and turns than they have. Medians (smallest to largest) of {content['times']} runs. "
+             "*Of real*: simulated over the median; the goal is within 15 % for one and two replicas. Three share two "
+             "cores with their server. *Others*: cores that other processes used meanwhile, at the most.", "")
+    figure = figure_of(8, 3.2)
+    for number, network in enumerate(content["networks"]):
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in network["settings"].items())
+        page.add(f"{network['network']}: {words}", "")
+        page.add(*rows_of(["", "pretraining", "simulated", "of real", "fine-tuning", "simulated", "of real",
+                           "mean staleness", "simulated", "others"], (
+            [one["way"], *itertools.chain(*((spread(ordered([run[kind] for run in one["real"]]), 2),
+                                             f"{one['simulated'][kind]:.2f}", f"{one['ratios'][kind]:.2f}")
+                                            for kind in simulation.KINDS)),
+             *staleness_of(one), f"{max(run['others'] for run in one['real']):.2f}"] for one in network["ways"])))
+        axes = axes_of(figure, 1, len(content["networks"]), number + 1, title=network["network"], x="simulated / real")
+        axes.axvspan(0.85, 1.15, color=BLUE, alpha=0.1, linewidth=0)
+        axes.axvline(1.0, color=PALE, linewidth=0.8)
+        for place, kind, colour, name in ((-0.15, "pretrain", BLUE, "an epoch of pretraining"),
+                                          (0.15, "finetune", VERMILION, "of fine-tuning")):
+            for y, one in enumerate(network["ways"]):
+                ratios = [one["simulated"][kind] / run[kind] for run in one["real"]]
+                axes.plot([min(ratios), max(ratios)], [y + place] * 2, color=colour, linewidth=1)
+                axes.plot(one["ratios"][kind], y + place, "o", color=colour, markersize=5, label=None if y else name)
+        axes.set_yticks(range(len(network["ways"])), [one["way"] for one in network["ways"]])
+        axes.set_ylim(len(network["ways"]) - 0.5, -0.5)
     axes.legend(fontsize=7, frameon=False)
-    page.picture("simulation.png", figure, "Runs on this machine, and the same simulated; a dot is a run")
+    page.picture("simulation.png", figure, "Simulated time over that of runs; lines reach from the quickest run to the "
+                 "slowest, a dot is their median; within 15 % is shaded")
+
+
+def staleness_of(way: dict[str, Any]) -> list[str]:
+    """Mean staleness of the real runs, and of the simulated one; empty where there is no server."""
+    if way["simulated"]["mean_staleness"] is None:
+        return ["", ""]
+    return [spread(ordered([run["mean_staleness"] for run in way["real"]]), 2),
+            f"{way['simulated']['mean_staleness']:.2f}"]
 
 
 def show_talk(page: Page, content: dict[str, Any]) -> None:

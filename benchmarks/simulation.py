@@ -8,8 +8,8 @@ once in virtual time. Runs and measurements of costs take turns, so that both me
 machine the same program is 20 % slower some minutes later. Servers and replicas of a real run share this machine's
 cores; the simulation is told how many there are. All compute with one BLAS thread a rank.
 
-How many cores other programs use meanwhile is measured, too: a run beside which they used more than ``DISTURBED`` is
-repeated, some times at most, and the least disturbed one counts.
+How many cores other programs use is measured, too. A run waits for them to pause, for some time, and is repeated if
+they used more than ``DISTURBED`` beside it, some times at most; the least disturbed one counts.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ COMMON: dict[str, Any] = {"learning_rate": [0.05], "finetune_learning_rate": 0.0
                           "threads": 1, "plots": "off", "checkpoint_seconds": 1e9}
 CALIBRATED = {"batch": 100, "finetune_epochs": 1}
 NETWORKS: dict[str, dict[str, Any]] = {  # what the runs have that costs were not measured with
-    "784-500-10": {"layers": [500], "epochs": [1], "finetune_epochs": 2, "batch": 64, "finetune_batch": 80,
+    "784-300-10": {"layers": [300], "epochs": [1], "finetune_epochs": 1, "batch": 64, "finetune_batch": 80,
                    "n_push": 2, "n_fetch": 4, "period": 5},
-    "784-300-200-10": {"layers": [300, 200], "epochs": [1, 2], "finetune_epochs": 2, "batch": 200,
+    "784-200-100-10": {"layers": [200, 100], "epochs": [1, 1], "finetune_epochs": 2, "batch": 200,
                        "finetune_batch": 150, "n_push": 8, "n_fetch": 8, "period": 20},
 }
 KINDS = ("pretrain", "finetune")
-DISTURBED = 0.06  # cores
+DISTURBED = 0.1  # cores
+LOOK = 0.3  # seconds
 
 
 def options(settings: dict[str, Any]) -> list[str]:
@@ -87,14 +88,25 @@ def others() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - mine
 
 
-def real(network: str, way: str, data: str, tries: int) -> dict[str, Any]:
-    """A run: the least disturbed of so many."""
+def await_calm(patience: float) -> None:
+    """Wait until others leave the cores alone, so many seconds at most."""
+    until = time.perf_counter() + patience
+    while time.perf_counter() < until:
+        begun, before = time.perf_counter(), others()
+        time.sleep(LOOK)
+        if others() - before < DISTURBED * (time.perf_counter() - begun):
+            break
+
+
+def real(network: str, way: str, given: argparse.Namespace) -> dict[str, Any]:
+    """A run: the least disturbed of some."""
     ranks, _, more = WAYS[way]
     mpirun = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)] if ranks > 1 else []
-    command = [*mpirun, sys.executable, "-m", "gpudbn.train", "--data", data, *options(COMMON | NETWORKS[network]),
-               *more]
+    command = [*mpirun, sys.executable, "-m", "gpudbn.train", "--data", given.data,
+               *options(COMMON | NETWORKS[network]), *more]
     found: list[dict[str, Any]] = []
-    while len(found) < tries and all(one["others"] > DISTURBED for one in found):
+    while len(found) < given.tries and all(one["others"] > DISTURBED for one in found):
+        await_calm(given.patience)
         begun, before = time.perf_counter(), others()
         one = run(command)
         found.append(one | {"others": round(max(0.0, others() - before) / (time.perf_counter() - begun), 3)})
@@ -110,16 +122,17 @@ def simulated(network: str, way: str, data: str, costs: Path) -> dict[str, Any]:
 
 def compare(network: str, given: argparse.Namespace) -> dict[str, Any]:
     """All ways to train a network: costs and runs, and how far simulated and real times are apart."""
-    from gpudbn.mpi.calibrate import SECONDS, Calibration
+    from gpudbn.mpi.calibrate import Calibration
     from gpudbn.mpi.costs import Costs
 
     ran: dict[str, list[dict[str, Any]]] = {way: [] for way in given.ways}
     settings = Settings(**COMMON | CALIBRATED, layers=NETWORKS[network]["layers"], data=given.data)
     with Calibration(settings) as calibration:
         for _ in range(given.times):
-            calibration.measure(SECONDS / given.times)
+            await_calm(given.patience)
+            calibration.measure(given.seconds / given.times)
             for way in given.ways:
-                ran[way].append(real(network, way, given.data, given.tries))
+                ran[way].append(real(network, way, given))
         costs = calibration.costs(Costs()).to_toml()
     ways = []
     with tempfile.TemporaryDirectory() as folder:
@@ -143,11 +156,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--times", type=int, default=3, help="real runs of each way")
-    parser.add_argument("--tries", type=int, default=3, help="for each of these at most, where others disturb")
+    parser.add_argument("--tries", type=int, default=2, help="for each of these at most, where others disturb")
+    parser.add_argument("--patience", type=float, default=15.0, help="seconds to wait for others to pause, at most")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the costs of each network")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "simulation.json")
     given = parser.parse_args()
     results: dict[str, Any] = {"machine": machine() | {"load": os.getloadavg()[0]}, "common": COMMON,
-                               "calibrated": CALIBRATED, "networks": []}
+                               "calibrated": CALIBRATED, "times": given.times, "networks": []}
     begun = time.perf_counter()
     for network in given.networks:
         results["networks"].append(compare(network, given))

@@ -183,8 +183,8 @@ def test_autoencoder_runs_and_is_shown(tmp_path):
 @pytest.mark.mpi
 def test_simulation_runs(tmp_path):
     out = tmp_path / "simulation.json"
-    run("benchmarks.simulation", "--data", "digits", "--networks", "784-500-10", "--ways", "sync 2", "--times", 1,
-        "--tries", 1, "--out", out)
+    run("benchmarks.simulation", "--data", "digits", "--networks", "784-300-10", "--ways", "sync 2", "--times", 1,
+        "--tries", 1, "--patience", 0, "--seconds", 1, "--out", out)
     assert json.loads(out.read_text())["networks"][0]["ways"][0]["ratios"]["seconds"] > 0
     assert "| sync 2 |" in report.make(tmp_path, tmp_path)
 

@@ -5,7 +5,8 @@ Each measurement is done by processes, or a job, of its own, with as many BLAS t
     python -m gpudbn.mpi.calibrate compute SETTINGS.toml          seconds of updates, sums, steps and measures
     mpirun -n 2 python -m gpudbn.mpi.calibrate job SETTINGS.toml  of copies, messages and what server and replica do
 
-What is linear in rows or bytes is measured at two sizes.
+What is linear in rows or bytes is measured at two sizes. Messages are measured by what most of them are for, sums over
+ranks: MPI gets on with these only while both look, and ranks that wait sleep between two looks.
 
 Cores at work slow each other, by how much depends on what they do: arithmetic in the cache hardly, passes over memory
 more. So it is measured for each phase, by updates of one process alone and of one on every core at the same time, in
@@ -60,6 +61,7 @@ ASKED = (("update", 4), ("update", 1), ("sums", 4), ("sums", 1), ("step", 1), ("
 CREW = {"phases", "crowding", "jitter", "steady"}  # what processes side by side find
 JOB = {"copy", "message", "apply", "publish", "exchange"}  # and a job
 PUSHES = 200
+SUMS = 100
 SMALL = 1000  # entries of the smaller of two vectors
 COLD = 1 << 25  # bytes, more than a core's share of the caches
 
@@ -416,13 +418,14 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
             back = median(lambda: window.get(array, 0), wire.clock, cold)  # noqa: B023
             points.setdefault("copy", []).append((array.nbytes, (there + back) / 2))
         wire.barrier()
-        rounds = []
-        for _ in range(PUSHES):
+        sums = []
+        for _ in range(SUMS):
+            array[...] = 0  # as in training: these are in the cache, and one comes a little later than the other
+            wire.barrier()
             begun = time.perf_counter()  # two wait for each other: no time of one processor
-            for sender in (0, 1):
-                (wire.send if wire.rank == sender else wire.recv)(array, 1 - wire.rank)
-            rounds.append(time.perf_counter() - begun)
-        points.setdefault("message", []).append((array.nbytes, statistics.median(rounds) / 2))
+            wire.allreduce_(array)
+            sums.append(time.perf_counter() - begun)
+        points.setdefault("sum", []).append((array.nbytes, statistics.median(sums)))
         published = array.copy()
         copying = median(lambda: np.copyto(published, array), wire.clock, cold)  # noqa: B023
         plan = replace(chosen(settings, 2), mode="async", servers=1, transport="staged")
@@ -451,7 +454,11 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
         points.setdefault("apply", []).append((array.nbytes, max(busy - copying, 0.0)))
         points.setdefault("exchange", []).append((array.nbytes, passes))
     wire.close()
-    lines = {name: line(*two) for name, two in points.items()} if wire.rank else {}
+    if not wire.rank:
+        return {}
+    lines = {name: line(*two) for name, two in points.items()}
+    once, each = lines.pop("sum")
+    lines["message"] = once / 2, each - lines["apply"][1] / 2  # as ``virtual.collective`` makes a sum of them
     return {name: (once, 1 / max(each, 1e-12)) for name, (once, each) in lines.items()}
 
 
