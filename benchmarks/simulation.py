@@ -42,7 +42,7 @@ COMMON: dict[str, Any] = {"learning_rate": [0.05], "finetune_learning_rate": 0.0
 CALIBRATED = {"batch": 100, "finetune_epochs": 1}
 NETWORKS: dict[str, dict[str, Any]] = {  # what the runs have that costs were not measured with
     "784-300-10": {"layers": [300], "epochs": [1], "finetune_epochs": 1, "batch": 64, "finetune_batch": 80,
-                   "n_push": 2, "n_fetch": 4, "period": 5},
+                   "n_push": 4, "n_fetch": 8, "period": 5},
     "784-200-100-10": {"layers": [200, 100], "epochs": [1, 1], "finetune_epochs": 2, "batch": 200,
                        "finetune_batch": 150, "n_push": 8, "n_fetch": 8, "period": 20},
 }

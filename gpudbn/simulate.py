@@ -30,7 +30,7 @@ examples:
 costs: a TOML file, of which gpudbn/mpi/costs.py says what it may hold; the run folder keeps all that were used. What it
 does not hold of this machine's doing (updates, copies, messages, a server's work) is measured before the run."""
 
-MEASURED = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "oversleep", "jitter",
+MEASURED = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "look", "oversleep", "jitter",
             "steady")
 
 

@@ -59,7 +59,7 @@ OWN = 0.9  # of a core, which a process has then
 STEADY = 0.5  # seconds: about as long as a core was seen to be as quick as it is
 ASKED = (("update", 4), ("update", 1), ("sums", 4), ("sums", 1), ("step", 1), ("measure", 1))  # in parts of a batch
 CREW = {"phases", "crowding", "jitter", "steady"}  # what processes side by side find
-JOB = {"copy", "message", "apply", "publish", "exchange"}  # and a job
+JOB = {"copy", "message", "apply", "publish", "exchange", "look"}  # and a job
 PUSHES = 200
 SUMS = 100
 SMALL = 1000  # entries of the smaller of two vectors
@@ -398,8 +398,13 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
     class Processor(Wire):
         """Its tally counts seconds of the processor: what else runs on the machine takes none."""
 
+        looks = 0
+
         def clock(self) -> float:
             return time.process_time()
+
+        def worked(self, what: str, nbytes: int) -> None:  # noqa: ARG002
+            self.looks += what == "look"
 
     wire = Processor.start()
     size = largest(settings, *load_data(settings, quiet=True))
@@ -430,11 +435,13 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
         copying = median(lambda: np.copyto(published, array), wire.clock, cold)  # noqa: B023
         plan = replace(chosen(settings, 2), mode="async", servers=1, transport="staged")
         exchange = join(wire.split(0), plan, array.size)
-        mine, tally = np.zeros(1), wire.tally  # shared by the wires split off
+        mine, tally = np.zeros(2), wire.tally  # shared by the wires split off
         if isinstance(exchange, Server):
-            busy = tally.seconds()["applying"]
+            begun, busy = wire.clock(), tally.seconds()["applying"]
             exchange.serve()
-            mine[0] = (tally.seconds()["applying"] - busy) / PUSHES
+            serving, busy = wire.clock() - begun, tally.seconds()["applying"] - busy
+            assert isinstance(exchange.world, Processor)
+            mine[:] = busy / PUSHES, (serving - busy) / exchange.world.looks
         else:
             before = array.copy()
             exchange.begin(array)
@@ -449,7 +456,8 @@ def job(settings: Settings) -> dict[str, tuple[float, float]]:
             mine[0] = (spent + tally.seconds()["computing"]) / PUSHES
             exchange.meet(array)
             exchange.close()
-        busy, passes = wire.allgather(mine)[:, 0].tolist()
+        (busy, looking), (passes, _) = wire.allgather(mine).tolist()
+        points.setdefault("look", []).append((0, looking))
         points.setdefault("publish", []).append((array.nbytes, copying))
         points.setdefault("apply", []).append((array.nbytes, max(busy - copying, 0.0)))
         points.setdefault("exchange", []).append((array.nbytes, passes))

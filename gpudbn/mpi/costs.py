@@ -64,6 +64,9 @@ class Costs:
     apply, publish, exchange : Hop
         What a server does for a change, what it does to publish, and a replica's passes over its own memory in an
         exchange; bytes are those of the parameters.
+    look : Hop
+        What a server does to see whether there is anything to do, some sixty times after each change before its
+        pauses are long; there are no bytes.
     node : int
         Ranks of a node, in order; 0: all are on one.
     extra : int
@@ -89,6 +92,7 @@ class Costs:
     apply: Hop = Hop(50e-6, 3e9)
     publish: Hop = Hop(20e-6, 10e9)
     exchange: Hop = Hop(50e-6, 2e9)
+    look: Hop = Hop(0.0, 1e12)
     node: int = 0
     extra: int = 0
     cores: int = 0

@@ -56,6 +56,7 @@ class Fiber:
         self.thread = threading.Thread(target=machine.live, args=(self,), daemon=True)
         self.news = 0  # messages, ends of requests, writes into the rank's memory by others
         self.heard = 0
+        self.looked = False  # since its last pause, in a way that takes the processor
         self.pause: Pause | None = None  # where it is in one
         self.looks: dict[tuple[Memory, int, int], bytes] = {}  # what it has read of others' since its last pause
         self.ended = False
@@ -147,7 +148,7 @@ class Lane:
 
 
 class Pause(Backoff):
-    """A pause of a rank in virtual time: the looks that would see nothing new are left out.
+    """A pause of a rank in virtual time: looks that would see nothing new are left out, unless they take the processor.
 
     The look after something has changed comes when it would have come, had the rank looked all the time.
     """
@@ -161,7 +162,13 @@ class Pause(Backoff):
     def __call__(self) -> None:
         self.begun = self.machine.now
         self.look = max(LOOK, self.begun - self.ended)
-        self.machine.pause(self)
+        me, asked = self.machine.running, self.seconds(self.count + 1)
+        if me.looked and asked < self.longest:  # the next look takes the processor as the last did: it is not left out
+            self.count += 1
+            self.machine.sleep(asked + self.machine.costs.oversleep if asked else 0.0)
+        else:
+            self.machine.pause(self)
+        me.looked = False
         self.ended = self.machine.now
 
     def reset(self) -> None:
@@ -324,6 +331,12 @@ class Machine:
             rank.pieces += 1
         if seconds:
             rank.node.work(self.running, seconds, self.costs.crowding if crowding is None else crowding)
+            self.give_up()
+
+    def sleep(self, seconds: float) -> None:
+        """The running fiber's time goes on, and nothing wakes it before."""
+        if seconds:
+            self.at(self.now + seconds, partial(_itself, self.running))
             self.give_up()
 
     def carry(self, source: Node, to: Node, nbytes: int, begin: float) -> float:

@@ -267,12 +267,18 @@ class Server:
         """Do as messages say and take what is pushed, until a condition holds."""
         pause = self.world.pause(LONGEST_PAUSE)
         while not done():
-            if sum(map(self._receive, self.stores)) + self._obey() + self._take() + self._settle():
+            if self.look():
                 pause.reset()
             else:
                 pause()
             if len(self.lost) == self.replicas:
                 raise LostError("replicas: at least one must live; got all lost")
+
+    def look(self) -> bool:
+        """Do what there is to do. Whether there was anything."""
+        found = sum(map(self._receive, self.stores)) + self._obey() + self._take() + self._settle()
+        self.world.worked("look", 0)
+        return bool(found)
 
     def report(self) -> dict[str, Any]:
         """What this server did so far, in all its stores.

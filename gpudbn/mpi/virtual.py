@@ -419,7 +419,9 @@ class VirtualWire(Wire):
         return Pause(self.machine, longest)
 
     def worked(self, what: str, nbytes: int) -> None:
-        self.machine.work(getattr(self.machine.costs, what).seconds(nbytes))
+        seconds = getattr(self.machine.costs, what).seconds(nbytes)
+        self.machine.work(seconds)
+        self.machine.running.looked |= what == "look" and seconds > 0
 
     def check(self, rank: int) -> None:
         """Ranks do not die here."""

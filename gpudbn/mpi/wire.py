@@ -233,7 +233,7 @@ class Wire:
         return ThreadPoolExecutor(1)
 
     def worked(self, what: str, nbytes: int) -> None:
-        """I have just worked on so many bytes of my memory: ``apply``, ``publish`` or ``exchange``.
+        """I have just worked on so many bytes of my memory: ``apply``, ``publish``, ``exchange`` or ``look``.
 
         Time goes by without being told. In virtual time it goes by as much as this work costs.
         """

@@ -126,6 +126,25 @@ def check_jitter():
     assert len({took for _, _, took in found(jitter=0.05)}) == 24
 
 
+def check_looks():
+    """Looks take the processor from what another rank computes on it, until pauses are long. 30 at once, then after
+    sleeps of 20 us, doubled every 8: of 1 ms the first after 78 looks."""
+    def look(wire, _):
+        pause, begun, looks = wire.pause(), wire.clock(), []
+        while wire.clock() < begun + 0.2:
+            wire.worked("look", 0)
+            looks.append(wire.clock() - begun)
+            pause()
+        ends.append(looks)
+
+    ends: list[list[float]] = []
+    costs = Costs(cores=1, look=Hop(100e-6, math.inf), oversleep=0.0, **FREE)
+    assert_close(times(costs, look, lambda wire, _: wire.compute(0.1))[1], 0.1 + 78 * 100e-6, atol=1e-9)
+    ((*looks,),) = ends
+    assert_close(looks[:31], np.arange(1, 32) * 200e-6, atol=1e-9)  # half the core
+    assert_close(np.diff(looks)[30:39], [220e-6] * 7 + [240e-6] * 2, atol=1e-9)
+
+
 def check_straggler():
     def work(wire, _):
         wire.compute(0.5)
@@ -168,6 +187,9 @@ def check_messages(late=0.0):
     (check_crowding, machine_module, "self.costs.crowding if crowding is None else crowding", "crowding or 0.0"),
     (check_jitter, machine_module, "int(self.now / steady) if steady else rank.pieces", "rank.pieces"),
     (check_jitter, machine_module, "int(self.now / steady) if steady else rank.pieces", "0"),
+    (check_looks, machine_module, "if me.looked and asked < self.longest:", "if False:"),
+    (check_looks, machine_module, "self.machine.sleep(asked +", "self.machine.sleep(0 * asked -"),
+    (check_looks, virtual, '|= what == "look" and seconds > 0', "= False"),
     (check_straggler, machine_module, "seconds *= self.factors[rank.number]", "pass"),
     (check_messages, virtual, "if receive.fits(self.rank, tag):", "if True:"),
     (partial(check_messages, late=0.2), virtual, "if receive.fits(*message[:2]):", "if True:"),

@@ -440,7 +440,7 @@ def test_calibration_leaves_what_is_known(monkeypatch):
     found = calibrate.calibrate(small_settings(), Costs(crowding=0.25), known=("crowding",))
     assert (found.crowding, found.phases) == (0.25, (LAYER,) * 3)
     asked.clear()
-    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "jitter", "steady")
+    names = ("phases", "crowding", "copy", "message", "apply", "publish", "exchange", "look", "jitter", "steady")
     assert calibrate.calibrate(small_settings(), found, known=(*names, "cores", "oversleep")) == found
     assert asked == []
 
@@ -452,7 +452,8 @@ def test_calibration_runs_a_server_and_a_replica(tmp_path):
     done = job.finish(job.start(2, "-m", "gpudbn.mpi.calibrate", "job", file))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"copy", "message", "apply", "publish", "exchange"}
+    assert set(found) == {"copy", "message", "apply", "publish", "exchange", "look"}
+    assert 1e-6 < found["look"][0] < 0.01
     for latency, bandwidth in found.values():
         assert 0 <= latency < 0.1
         assert bandwidth > 1e6
