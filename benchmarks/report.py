@@ -267,7 +267,8 @@ def show_autoencoder(page: Page, content: dict[str, Any]) -> None:
 
 def show_simulation(page: Page, content: dict[str, Any]) -> None:
     page.add("Seconds of an epoch, real, and in virtual time from costs measured in turns with the runs, with other "
-             f"batches, epochs and turns than they have. Medians (smallest to largest) of {content['times']} runs. "
+             f"batches, epochs and turns than they have. Medians (smallest to largest) of at most {content['times']} runs: "
+             "one that others disturbed counts only where all were. "
              "*Of real*: simulated over the median; the goal is within 15 % for one and two replicas. Three share two "
              "cores with their server. *Others*: cores that other processes used meanwhile, at the most.", "")
     figure = figure_of(8, 3.2)
@@ -276,17 +277,17 @@ def show_simulation(page: Page, content: dict[str, Any]) -> None:
         page.add(f"{network['network']}: {words}", "")
         page.add(*rows_of(["", "pretraining", "simulated", "of real", "fine-tuning", "simulated", "of real",
                            "mean staleness", "simulated", "others"], (
-            [one["way"], *itertools.chain(*((spread(ordered([run[kind] for run in one["real"]]), 2),
+            [one["way"], *itertools.chain(*((spread(ordered([run[kind] for run in simulation.counting(one["real"])]), 2),
                                              f"{one['simulated'][kind]:.2f}", f"{one['ratios'][kind]:.2f}")
                                             for kind in simulation.KINDS)),
-             *staleness_of(one), f"{max(run['others'] for run in one['real']):.2f}"] for one in network["ways"])))
+             *staleness_of(one), f"{max(run['others'] for run in simulation.counting(one['real'])):.2f}"] for one in network["ways"])))
         axes = axes_of(figure, 1, len(content["networks"]), number + 1, title=network["network"], x="simulated / real")
         axes.axvspan(0.85, 1.15, color=BLUE, alpha=0.1, linewidth=0)
         axes.axvline(1.0, color=PALE, linewidth=0.8)
         for place, kind, colour, name in ((-0.15, "pretrain", BLUE, "an epoch of pretraining"),
                                           (0.15, "finetune", VERMILION, "of fine-tuning")):
             for y, one in enumerate(network["ways"]):
-                ratios = [one["simulated"][kind] / run[kind] for run in one["real"]]
+                ratios = [one["simulated"][kind] / run[kind] for run in simulation.counting(one["real"])]
                 axes.plot([min(ratios), max(ratios)], [y + place] * 2, color=colour, linewidth=1)
                 axes.plot(one["ratios"][kind], y + place, "o", color=colour, markersize=5, label=None if y else name)
         axes.set_yticks(range(len(network["ways"])), [one["way"] for one in network["ways"]])
@@ -300,7 +301,7 @@ def staleness_of(way: dict[str, Any]) -> list[str]:
     """Mean staleness of the real runs, and of the simulated one; empty where there is no server."""
     if way["simulated"]["mean_staleness"] is None:
         return ["", ""]
-    return [spread(ordered([run["mean_staleness"] for run in way["real"]]), 2),
+    return [spread(ordered([run["mean_staleness"] for run in simulation.counting(way["real"])]), 2),
             f"{way['simulated']['mean_staleness']:.2f}"]
 
 
