@@ -133,11 +133,6 @@ def show_peers(page: Page, content: dict[str, Any]) -> None:
     page.add("Not measured: " + ("; ".join(f"{name} ({why})" for name, why in absent.items()) or "nothing") + ".", "")
 
 
-def ordered(values: list[float]) -> list[float]:
-    """Median, smallest, largest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
 def spread(values: list[float], digits: int) -> str:
     """Median (smallest to largest)."""
     middle, low, high = (f"{value:.{digits}f}" for value in values)
@@ -267,21 +262,17 @@ def show_autoencoder(page: Page, content: dict[str, Any]) -> None:
 
 def show_simulation(page: Page, content: dict[str, Any]) -> None:
     page.add("Seconds of an epoch, real, and in virtual time from costs measured in turns with the runs, with other "
-             f"batches, epochs and turns than they have. Medians (smallest to largest) of at most {content['times']} runs: "
-             "one that others disturbed counts only where all were. "
-             "*Of real*: simulated over the median; the goal is within 15 % for one and two replicas. Three share two "
-             "cores with their server. *Others*: cores that other processes used meanwhile, at the most.", "")
+             "batches, epochs and turns than they have. Medians (smallest to largest) of at most "
+             f"{content['times']} runs: one that others disturbed counts only where all were. *Of real*: simulated "
+             "over the median; the goal is within 15 % for one and two replicas. Three share two cores with their "
+             "server. *Others*: cores that other processes used meanwhile, at the most.", "")
     figure = figure_of(8, 3.2)
-    for number, network in enumerate(content["networks"]):
+    for number, network in enumerate(content["networks"], 1):
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in network["settings"].items())
         page.add(f"{network['network']}: {words}", "")
         page.add(*rows_of(["", "pretraining", "simulated", "of real", "fine-tuning", "simulated", "of real",
-                           "mean staleness", "simulated", "others"], (
-            [one["way"], *itertools.chain(*((spread(ordered([run[kind] for run in simulation.counting(one["real"])]), 2),
-                                             f"{one['simulated'][kind]:.2f}", f"{one['ratios'][kind]:.2f}")
-                                            for kind in simulation.KINDS)),
-             *staleness_of(one), f"{max(run['others'] for run in simulation.counting(one['real'])):.2f}"] for one in network["ways"])))
-        axes = axes_of(figure, 1, len(content["networks"]), number + 1, title=network["network"], x="simulated / real")
+                           "mean staleness", "simulated", "others"], map(row_of_way, network["ways"])))
+        axes = axes_of(figure, 1, len(content["networks"]), number, title=network["network"], x="simulated / real")
         axes.axvspan(0.85, 1.15, color=BLUE, alpha=0.1, linewidth=0)
         axes.axvline(1.0, color=PALE, linewidth=0.8)
         for place, kind, colour, name in ((-0.15, "pretrain", BLUE, "an epoch of pretraining"),
@@ -293,16 +284,21 @@ def show_simulation(page: Page, content: dict[str, Any]) -> None:
         axes.set_yticks(range(len(network["ways"])), [one["way"] for one in network["ways"]])
         axes.set_ylim(len(network["ways"]) - 0.5, -0.5)
     axes.legend(fontsize=7, frameon=False)
-    page.picture("simulation.png", figure, "Simulated time over that of runs; lines reach from the quickest run to the "
-                 "slowest, a dot is their median; within 15 % is shaded")
+    page.picture("simulation.png", figure, "Simulated time over that of runs; lines reach from the slowest run to the "
+                 "quickest, a dot is their median; within 15 % is shaded")
 
 
-def staleness_of(way: dict[str, Any]) -> list[str]:
-    """Mean staleness of the real runs, and of the simulated one; empty where there is no server."""
-    if way["simulated"]["mean_staleness"] is None:
-        return ["", ""]
-    return [spread(ordered([run["mean_staleness"] for run in simulation.counting(way["real"])]), 2),
-            f"{way['simulated']['mean_staleness']:.2f}"]
+def row_of_way(way: dict[str, Any]) -> list[str]:
+    """Seconds of epochs and staleness, of the real runs that count and of the simulated one."""
+    runs, found = simulation.counting(way["real"]), way["simulated"]
+
+    def real(key: str) -> str:
+        return spread([of([run[key] for run in runs]) for of in (statistics.median, min, max)], 2)
+
+    cells = [[real(kind), f"{found[kind]:.2f}", f"{way['ratios'][kind]:.2f}"] for kind in simulation.KINDS]
+    staleness = ["", ""] if found["mean_staleness"] is None else [
+        real("mean_staleness"), f"{found['mean_staleness']:.2f}"]
+    return [way["way"], *itertools.chain(*cells), *staleness, f"{max(run['others'] for run in runs):.2f}"]
 
 
 def show_talk(page: Page, content: dict[str, Any]) -> None:
