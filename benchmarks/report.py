@@ -199,6 +199,8 @@ def slopes(samples: list[dict[str, Any]], base: dict[str, int]) -> Iterable[list
 
 
 def picture_of_sizes(samples: list[dict[str, Any]], base: dict[str, int]) -> Any:
+    from matplotlib.ticker import LogLocator
+
     found = against_size(samples, base)
     figure = figure_of(9, 5)
     for number, (name, (values, ours, bare, operations)) in enumerate(found.items()):
@@ -211,6 +213,9 @@ def picture_of_sizes(samples: list[dict[str, Any]], base: dict[str, int]) -> Any
                         label=label)
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.tick_params(axis="x", labelrotation=45)
         if not number:
             axes.legend(fontsize=6, frameon=False)
