@@ -307,27 +307,29 @@ def row_of_way(way: dict[str, Any]) -> list[str]:
 
 
 def show_talk(page: Page, content: dict[str, Any]) -> None:
-    alone = [run["seconds"] for run in content["theirs"]["1x1"]]
+    alone = [run["seconds"] for run in content["theirs"].get("1x1", [])]
     page.add("Seconds to more than 90 % of the test digits in the talk's tables, and simulated with the costs below: "
              "real gradients, virtual time. Costs and settings are fitted with the first seed; the other plays no "
-             f"part. By one worker: {talk.ONE_CORE} s in the talk, {', '.join(talk.number(s, 0) for s in alone)} s "
-             "here.", "")
+             f"part. By one worker: {talk.ONE_CORE} s in the talk, " + (
+                 f"{', '.join(talk.number(s, 0) for s in alone)} s here." if alone else "not measured here."), "")
     found = talk.tables(content)
     for title, cells in found.items():
         page.add(f"{title}:", "", *rows_of(["nodes x tasks", "workers", "talk, s (speed-up)", "simulated, s (speed-up)",
                                             "simulated / talk"], (
             [f"{cell['nodes']} x {cell['tasks']}", cell["nodes"] * cell["tasks"],
              f"{cell['theirs'][0]} ({cell['theirs'][1]:.1f})",
-             ", ".join("not reached" if one is None else f"{one:.0f} ({times:.1f})"
-                       for one, times in zip(cell["seconds"], cell["speed-up"], strict=True)),
+             ", ".join("not reached" if one is None else f"{one:.0f}" + (f" ({times:.1f})" if times else "")
+                       for one, times in itertools.zip_longest(cell["seconds"], cell["speed-up"])),
              ", ".join("-" if one is None else f"{one:.2f}" for one in cell["ratio"])] for cell in cells)))
     page.picture("talk.png", picture_of_talk(found), "Seconds to 90 % against workers; a simulated line is a seed")
-    page.add("What this package does on the same cluster, to 97 %, against one worker with a batch and a rate of its "
-             "own:", "", *rows_of(["workers", "s, by seed", "times faster than one worker", "rows learned from"], (
-                 [workers, ", ".join(talk.number(run["seconds"], 0) for run in runs),
-                  ", ".join(talk.number(one, 1) for one in talk.further(content).get(workers, [])),
-                  ", ".join(str(run["rows"]) for run in runs)]
-                 for workers, runs in [*content["one"].items(), *sorted(content["ours"].items(), key=by_number)])))
+    if content["one"] and content["ours"]:
+        page.add("What this package does on the same cluster, to 97 %, against one worker with a batch and a "
+                 "rate of its own:", "", *rows_of([
+                     "workers", "s, by seed", "times faster than one worker", "rows learned from"], (
+                     [workers, ", ".join(talk.number(run["seconds"], 0) for run in runs),
+                      ", ".join(talk.number(one, 1) for one in talk.further(content).get(workers, [])),
+                      ", ".join(str(run["rows"]) for run in runs)]
+                     for workers, runs in [*content["one"].items(), *sorted(content["ours"].items(), key=by_number)])))
     page.add("Costs, and what is assumed:", "", *(f"    {line}" for line in content["files"][talk.COSTS.name]), "")
 
 
