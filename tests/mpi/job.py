@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(TOP),
 }
+NOT_BEGUN = "listener thread failed to start"  # Open MPI's mpirun now and then, before it starts any rank
 
 
 def mpirun():
@@ -56,7 +57,11 @@ def finish(process, timeout=90):
 
 def job(ranks, program, *arguments, timeout=60, **options):
     """Run ``programs/program.py`` on that many ranks: what ``finish`` returns."""
-    return finish(start(ranks, PROGRAMS / f"{program}.py", *arguments, **options), timeout)
+    for _ in range(3):
+        done = finish(start(ranks, PROGRAMS / f"{program}.py", *arguments, **options), timeout)
+        if NOT_BEGUN not in done.stderr:
+            break
+    return done
 
 
 def good_job(ranks, program, *arguments, **options):

@@ -503,7 +503,7 @@ def real(replicas, *, servers=1, survive=False, **options):
         elif kind == "replica":
             found[kind][json.loads(report)["replica"]] = json.loads(report)
     assert len(found["server"]) == servers
-    return found["server"], found["replica"]
+    return sorted(found["server"], key=lambda report: report["number"]), found["replica"]
 
 
 @pytest.mark.mpi
